@@ -1,0 +1,130 @@
+"""The seam between the embedded service and whatever really runs a sandbox.
+
+A `Runtime` makes and removes boxes; a `Box` is one running sandbox: it spawns processes, connects to ports and opens files
+*inside* the sandbox's own namespaces, and hands plain descriptors out. Everything a box says comes from hostile ground.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+class RuntimeFailure(Exception):
+    """The runtime cannot do what was asked: the message is fit for a user, without host paths."""
+
+
+class PortRefused(Exception):
+    """Nothing accepts connections on that port inside the sandbox."""
+
+
+@dataclass(frozen=True)
+class BoxSpec:
+    """What a sandbox is made of, fixed for one run (from start to stop)."""
+
+    id: str  # stable identity: names the directory on disk
+    hostname: str  # the sandbox's name, a DNS label
+    vcpus: float | None = None  # CPUs' worth of time; None: no limit
+    mem_bytes: int | None = None  # memory limit; None: no limit
+
+
+@dataclass(frozen=True)
+class SpawnSpec:
+    """One process to start inside a sandbox."""
+
+    argv: Sequence[str]  # argv[0] is looked up in env's PATH inside the sandbox
+    env: Mapping[str, str] = field(default_factory=dict)  # laid over the box's base environment (PATH, HOME, USER, LANG…)
+    cwd: str | None = None  # None: the user's home
+    user: str | None = None  # name, uid, name:group or uid:gid; None: root
+    pty: bool = False  # a controlling terminal instead of three pipes
+    cols: int = 80
+    rows: int = 24
+
+
+class Process(Protocol):
+    """A process inside a sandbox, leader of its own session and process group."""
+
+    pid: int  # as seen inside the sandbox
+    stdin: int  # descriptor to write to, non-blocking; with a pty, the same descriptor as stdout. The caller closes them all
+    stdout: int  # descriptor to read from, non-blocking; a pty master reads EIO at its end
+    stderr: int | None  # None with a pty
+    exited: asyncio.Future[int]  # exit code; 128+N for a process ended by signal N
+
+    async def signal(self, number: int) -> None:
+        """Signal the whole process group; no error when it is already gone."""
+
+    async def resize(self, cols: int, rows: int) -> None:
+        """Set the terminal's size; nothing without a pty."""
+
+
+class FileWriter(Protocol):
+    """A file being replaced: bytes go to a temporary neighbour until `commit`."""
+
+    fd: int  # open for writing, blocking regular file; owned by the writer
+
+    async def commit(self) -> None:
+        """Put the new content in place atomically and close. Raises OSError."""
+
+    async def abort(self) -> None:
+        """Drop the new content and close; idempotent."""
+
+
+class Box(Protocol):
+    """One running sandbox."""
+
+    spec: BoxSpec
+    limits_note: str  # what of the spec's limits this machine cannot enforce, "" when all is
+    ended: asyncio.Future[str]  # resolves with the reason when the sandbox has ended, however that came
+
+    async def spawn(self, spec: SpawnSpec) -> Process:
+        """Start a process. Raises OSError (as execve or chdir would, errno set) or RuntimeFailure."""
+
+    async def connect(self, port: int) -> socket.socket:
+        """A connected non-blocking TCP socket to a port on the sandbox's loopback.
+
+        127.0.0.1 is tried first, then ::1. Raises PortRefused, or RuntimeFailure when the sandbox has ended.
+        """
+
+    async def open_read(self, path: str, user: str | None = None) -> tuple[int, os.stat_result]:
+        """Open a regular file for reading; relative to the user's home. Raises OSError with errno."""
+
+    async def open_write(self, path: str, user: str | None = None) -> FileWriter:
+        """Begin replacing a file, creating parent folders; relative to the user's home. Raises OSError with errno."""
+
+    async def stop(self, grace: float = 2.0) -> None:
+        """SIGTERM to all, SIGKILL after `grace` seconds; returns when nothing of the box is left running. Idempotent."""
+
+
+class Runtime(Protocol):
+    """Makes boxes on this machine."""
+
+    name: str  # "native", …
+
+    async def recover(self) -> None:
+        """Remove what a killed service left behind (processes, cgroups, half-deleted disks). Call once, before anything else."""
+
+    async def start(self, spec: BoxSpec) -> Box:
+        """Start a sandbox, on its existing disk or a fresh one. Raises RuntimeFailure; nothing is left behind then."""
+
+    async def remove(self, box_id: str) -> None:
+        """Delete a stopped sandbox's disk; no error when there is none."""
+
+    async def disks(self) -> set[str]:
+        """Ids of the boxes that have a disk."""
+
+    async def aclose(self) -> None:
+        """Release what the runtime itself holds. Boxes must have been stopped."""
+
+
+DEFAULT_SHELL = "/bin/bash"
+STATE_MODE = 0o700  # every directory of state is the user's alone
+
+
+def box_dir(state_dir: Path, box_id: str) -> Path:
+    """Where one sandbox's disk lives."""
+    return state_dir / "boxes" / box_id
