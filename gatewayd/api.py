@@ -11,7 +11,8 @@ Two Unix sockets in `runtime_dir()`, both 0600 in a directory that is the user's
     One JSON request line, answered by JSON lines: any number of ``{"notice": text}``, then ``{"ok": {…}}`` or ``{"error": {…}}``.
     After an ``ok`` the connection is the stream that was asked for.
 """
-# ruff: noqa: PTH - pathlib would be most of this module's import time
+# pathlib would be most of this module's import time:
+# ruff: noqa: PTH100, PTH111, PTH112, PTH116, PTH117, PTH118
 
 from __future__ import annotations
 
