@@ -6,7 +6,8 @@
     ├── MuxClosed                 the multiplexed session has ended
     ├── StreamReset               one stream was reset, by the peer or by us
     ├── StreamClosed              local misuse: writing after our own end was closed
-    └── DialRefused               the sandbox answered: nothing listens on that port
+    ├── DialRefused               the sandbox answered: nothing listens on that port
+    └── ServiceRefused            the service answered with an error status; carries it
 
 A class exists only where a caller branches on it; everything else is a `GatewayError` with the right `kind`. Messages read
 ``cannot X: cause`` with the values; hints say what to do next. Neither ever holds a secret.
@@ -55,3 +56,23 @@ class DialRefused(GatewayError):
     """The sandbox is there, the port is not: nothing accepts connections on it."""
 
     default_kind = "refused"
+
+
+class ServiceRefused(GatewayError):
+    """The service answered a request or a WebSocket upgrade with an error status.
+
+    Attributes:
+        status: HTTP status.
+        retry_after: seconds the service asks to wait, or None.
+    """
+
+    def __init__(self, message: str, *, kind: str, hint: str = "", status: int, retry_after: float | None = None) -> None:
+        super().__init__(message, kind=kind, hint=hint)
+        self.status = status
+        self.retry_after = retry_after
+
+
+def printable(text: object, limit: int = 500) -> str:
+    """Text from elsewhere, fit for a message: no control characters, one line, at most `limit` characters."""
+    line = "".join(char if char.isprintable() else " " for char in str(text)[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
