@@ -1,0 +1,386 @@
+"""The agent: the service's hands inside one sandbox.
+
+A single-threaded process in the sandbox's user, mount, pid, network, IPC and UTS namespaces and in its control groups. It starts
+processes, connects to ports and opens files there, and passes the descriptors out. The sandbox's processes cannot trace it or
+read its memory (it never calls execve after joining, so its memory belongs to the host's user namespace, and it is not
+dumpable); were it taken over all the same, it holds nothing of the host but one socket to a service that checks what comes
+through it.
+
+Requests carry an ``id``, repeated in the answer ``{"id", "ok"}`` or ``{"id", "errno", "where"}``. Events have no id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import signal
+import socket
+import stat
+import struct
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+from gatewayd.local.runtime.inside import accounts, kernel, packets
+
+_CONNECT_DEADLINE = 5.0  # seconds for a port inside to accept: beyond the time of a full backlog being drained
+_MAX_CONNECTS = 1024  # connects under way at once
+_TTY_GROUP = 5  # gid of /dev/pts/N on every Linux
+_BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+
+
+def run(channel: socket.socket) -> None:
+    """Serve requests until the service closes the channel; never returns normally to the caller's code."""
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.umask(0o022)
+    os.chdir("/")
+    kernel.keep_only(kernel.SANDBOX_CAPABILITIES)
+    kernel.hide_from_tracers()
+    status = 0
+    try:
+        Agent(channel).serve()
+    except BaseException as exc:  # noqa: BLE001 - the last word of a process that has no stderr
+        with contextlib.suppress(OSError, ValueError):
+            packets.send(channel, {"event": "failed", "reason": f"{type(exc).__name__}: {exc}"[:500]})
+        status = 1
+    os._exit(status)
+
+
+class Agent:
+    """The request loop and what it keeps between requests."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel  # to the service; its end is our end
+        self._poll = select.epoll()  # the channel, the SIGCHLD pipe, connects under way
+        self._children: set[int] = set()  # started and not yet reaped
+        self._writers: dict[str, tuple[str, str]] = {}  # handle → (temporary path, final path)
+        self._connects: dict[
+            int, tuple[socket.socket, dict[str, Any], int, float]
+        ] = {}  # fd → socket, request, family index, deadline
+        self._anchors = self._pids()  # what keeps the sandbox alive: never signalled by `terminate`
+        self._serial = 0  # makes handles of writers unique
+
+    def serve(self) -> None:
+        """Answer until end of file on the channel."""
+        wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._poll.register(self._channel.fileno(), select.EPOLLIN)
+        self._poll.register(wake_r, select.EPOLLIN)
+        _prepare_homes()
+        self._send({"event": "hello"})
+        while True:
+            for fd, _ in self._poll.poll(1.0 if self._connects else -1):
+                if fd == self._channel.fileno():
+                    received = packets.receive(self._channel)
+                    if received is None:
+                        return
+                    self._handle(received[0])
+                elif fd == wake_r:
+                    os.read(wake_r, 4096)
+                    self._reap()
+                elif fd in self._connects:
+                    self._connect_ready(fd)
+            self._expire_connects()
+
+    def _send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        packets.send(self._channel, message, fds)
+
+    def _handle(self, request: dict[str, Any]) -> None:
+        handler = getattr(self, "_do_" + str(request.get("op")), None)
+        if handler is None:
+            self._send({"id": request.get("id"), "errno": errno.ENOSYS, "where": str(request.get("op"))})
+            return
+        try:
+            handler(request)
+        except OSError as exc:
+            self._send({"id": request["id"], "errno": exc.errno or errno.EIO, "where": str(exc.filename or "")[:200]})
+        except (ValueError, LookupError) as exc:  # an unknown account, a NUL in a name
+            self._send({"id": request["id"], "errno": errno.EINVAL, "where": str(exc)[:200]})
+
+    # Processes
+
+    def _do_spawn(self, request: dict[str, Any]) -> None:
+        account = accounts.resolve(request["user"])
+        ours: list[int] = []  # go to the service
+        theirs: list[int] = []  # become the child's 0, 1, 2
+        try:
+            if request["pty"]:
+                master, slave = os.openpty()
+                ours, theirs = [master], [slave]
+                os.fchown(slave, account.uid, _TTY_GROUP)
+                os.fchmod(slave, 0o620)
+                fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", request["rows"], request["cols"], 0, 0))
+            else:
+                in_r, in_w = os.pipe()
+                ours, theirs = [in_w], [in_r]
+                for _ in range(2):
+                    out_r, out_w = os.pipe()
+                    ours.append(out_r)
+                    theirs.append(out_w)
+            pid = self._fork_exec(request, account, theirs)
+            self._children.add(pid)
+            self._send({"id": request["id"], "ok": {"pid": pid}}, tuple(ours))
+        finally:
+            packets.close_all(ours + theirs)
+
+    def _fork_exec(self, request: dict[str, Any], account: accounts.Account, stdio: list[int]) -> int:
+        """Fork and exec; the child reports a failed step through a close-on-exec pipe as ``errno where``."""
+        report_r, report_w = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._become(request, account, stdio)
+            except BaseException as exc:  # noqa: BLE001 - a forked child must not return into its parent's code
+                code = (exc.errno or errno.EIO) if isinstance(exc, OSError) else errno.EINVAL
+                place = exc.filename if isinstance(exc, OSError) and exc.filename else exc
+                os.write(report_w, f"{code} {place}"[:1000].encode("utf-8", "replace"))
+            os._exit(127)
+        os.close(report_w)
+        with open(report_r, "rb") as report:  # noqa: PTH123 - a descriptor, not a path
+            failed = report.read()
+        if failed:
+            os.waitpid(pid, 0)
+            number, _, where = failed.decode("utf-8", "replace").partition(" ")
+            raise OSError(int(number), os.strerror(int(number)), where)
+        return pid
+
+    def _become(self, request: dict[str, Any], account: accounts.Account, stdio: list[int]) -> None:
+        """In the child: own session, descriptors, user, folder, then the program."""
+        os.setsid()
+        for target in (0, 1, 2):
+            os.dup2(stdio[min(target, len(stdio) - 1)], target)
+        if request["pty"]:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGINT):  # Python ignores or handles these
+            signal.signal(number, signal.SIG_DFL)
+        _become_user(account)
+        env = {
+            "PATH": _BASE_PATH,
+            "HOME": account.home,
+            "USER": account.name,
+            "LOGNAME": account.name,
+            "SHELL": account.shell,
+            "LANG": "C.UTF-8",
+        }
+        if request["pty"]:
+            env["TERM"] = "xterm-256color"
+        env.update(request["env"])
+        cwd = request["cwd"]
+        try:
+            os.chdir(account.home if cwd is None else os.path.join(account.home, cwd))  # noqa: PTH118 - may be relative
+        except OSError:
+            if cwd is not None:
+                raise
+            os.chdir("/")  # a home that was removed must not make the sandbox unusable
+        env["PWD"] = os.getcwd()  # noqa: PTH109
+        _exec(request["argv"], env)
+
+    def _do_signal(self, request: dict[str, Any]) -> None:
+        pid = request["pid"]
+        if pid in self._children:  # not reaped yet, so the number cannot belong to anyone else
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, request["signal"])
+        self._send({"id": request["id"], "ok": {}})
+
+    def _reap(self) -> None:
+        for pid in list(self._children):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self._children.discard(pid)
+                code = os.waitstatus_to_exitcode(status)
+                self._send({"event": "exit", "pid": pid, "code": code if code >= 0 else 128 - code})
+
+    @staticmethod
+    def _pids() -> set[int]:
+        return {int(name) for name in os.listdir("/proc") if name.isdigit()}  # noqa: PTH208 - names only
+
+    def _do_terminate(self, request: dict[str, Any]) -> None:
+        """SIGTERM to every process but the sandbox's own frame; answers when they are gone or after `grace` seconds."""
+        others = self._pids() - self._anchors - {os.getpid()}
+        for pid in others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGCONT)  # a stopped process would not see it
+        deadline = time.monotonic() + request["grace"]
+        while others and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self._reap()
+            others &= self._pids()
+        self._send({"id": request["id"], "ok": {"left": len(others)}})
+
+    # Ports
+
+    def _do_connect(self, request: dict[str, Any]) -> None:
+        if len(self._connects) >= _MAX_CONNECTS:
+            raise OSError(errno.EAGAIN, "too many connects under way")
+        self._connect(request, 0, time.monotonic() + _CONNECT_DEADLINE)
+
+    def _connect(self, request: dict[str, Any], family: int, deadline: float) -> None:
+        """Try the loopback addresses in turn from number `family` on."""
+        error = errno.ECONNREFUSED
+        for index in range(family, len(_LOOPBACKS)):
+            kind, address = _LOOPBACKS[index]
+            try:
+                sock = socket.socket(kind, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            except OSError:
+                continue  # no IPv6 here
+            error = sock.connect_ex((address, request["port"]))
+            if error == 0:
+                self._connected(sock, request)
+                return
+            if error == errno.EINPROGRESS:
+                self._connects[sock.fileno()] = (sock, request, index, deadline)
+                self._poll.register(sock.fileno(), select.EPOLLOUT)
+                return
+            sock.close()
+        self._send({"id": request["id"], "errno": error, "where": ""})
+
+    def _connected(self, sock: socket.socket, request: dict[str, Any]) -> None:
+        with sock:
+            self._send({"id": request["id"], "ok": {}}, (sock.fileno(),))
+
+    def _connect_ready(self, fd: int) -> None:
+        sock, request, index, deadline = self._forget_connect(fd)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+            self._connected(sock, request)
+        else:
+            sock.close()
+            self._connect(request, index + 1, deadline)
+
+    def _forget_connect(self, fd: int) -> tuple[socket.socket, dict[str, Any], int, float]:
+        self._poll.unregister(fd)
+        return self._connects.pop(fd)
+
+    def _expire_connects(self) -> None:
+        now = time.monotonic()
+        for fd in [fd for fd, entry in self._connects.items() if entry[3] < now]:
+            sock, request, _, _ = self._forget_connect(fd)
+            sock.close()
+            self._send({"id": request["id"], "errno": errno.ETIMEDOUT, "where": ""})
+
+    # Files
+
+    def _do_open_read(self, request: dict[str, Any]) -> None:
+        account = accounts.resolve(request["user"])
+        with _as_user(account):
+            path = os.path.join(account.home, request["path"])  # noqa: PTH118 - absolute paths stay as they are
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # never waits for a FIFO's other end
+        try:
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISDIR(mode):
+                raise OSError(errno.EISDIR, "", path)
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EINVAL, "", path)
+            self._send({"id": request["id"], "ok": {}}, (fd,))
+        finally:
+            os.close(fd)
+
+    def _do_open_write(self, request: dict[str, Any]) -> None:
+        """Open a temporary neighbour of the target; the target's mode and owner are kept when it is replaced."""
+        account = accounts.resolve(request["user"])
+        with _as_user(account):
+            path = os.path.realpath(os.path.join(account.home, request["path"]))  # noqa: PTH118
+            folder = os.path.dirname(path)  # noqa: PTH120
+            os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+            try:
+                old: os.stat_result | None = os.stat(path)  # noqa: PTH116
+            except FileNotFoundError:
+                old = None
+            if old is not None and not stat.S_ISREG(old.st_mode):
+                raise OSError(errno.EISDIR if stat.S_ISDIR(old.st_mode) else errno.EINVAL, "", path)
+            self._serial += 1
+            temporary = os.path.join(folder, f".gatewayd-{os.getpid()}-{self._serial}")  # noqa: PTH118
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+            try:
+                if old is not None:
+                    os.fchown(fd, old.st_uid, old.st_gid)
+                    os.fchmod(fd, stat.S_IMODE(old.st_mode))
+                handle = str(self._serial)
+                self._writers[handle] = (temporary, path)
+                self._send({"id": request["id"], "ok": {"handle": handle}}, (fd,))
+            except OSError:
+                os.unlink(temporary)  # noqa: PTH108
+                raise
+            finally:
+                os.close(fd)
+
+    def _do_commit(self, request: dict[str, Any]) -> None:
+        temporary, path = self._writers.pop(request["handle"])
+        try:
+            os.rename(temporary, path)  # noqa: PTH104
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)  # noqa: PTH108
+            raise
+        self._send({"id": request["id"], "ok": {}})
+
+    def _do_abort(self, request: dict[str, Any]) -> None:
+        temporary, _ = self._writers.pop(request["handle"])
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # noqa: PTH108
+        self._send({"id": request["id"], "ok": {}})
+
+
+def _exec(argv: list[str], env: dict[str, str]) -> None:
+    """execve along PATH, with the errno of the most telling failure, as execvp(3) does."""
+    name = argv[0]
+    folders = [""] if "/" in name else env.get("PATH", _BASE_PATH).split(":")
+    failure = OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    for folder in folders:
+        try:
+            os.execve(os.path.join(folder, name), argv, env)  # noqa: PTH118, S606
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as exc:
+            failure = exc
+        except OSError as exc:
+            failure = exc
+            break
+    raise OSError(failure.errno, os.strerror(failure.errno or 0), name)
+
+
+def _become_user(account: accounts.Account) -> None:
+    with contextlib.suppress(PermissionError):  # refused where only one id is mapped; nothing to drop there either
+        os.setgroups(account.groups)
+    os.setresgid(account.gid, account.gid, account.gid)
+    os.setresuid(account.uid, account.uid, account.uid)
+
+
+@contextlib.contextmanager
+def _as_user(account: accounts.Account) -> Any:
+    """Act on files with the rights of `account`, then be root again."""
+    if account.uid == 0:
+        yield
+        return
+    os.setgroups(account.groups)
+    os.setegid(account.gid)
+    os.seteuid(account.uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups([])
+        kernel.hide_from_tracers()  # the kernel recomputes it at each change of ids
+
+
+def _prepare_homes() -> None:
+    """Give every account of the default snapshot its home: only from inside can other users' files be made."""
+    for account in accounts.everyone():
+        home = Path(account.home)
+        if account.uid >= accounts.FIRST_HUMAN and account.home.startswith("/home/") and not home.exists():
+            try:
+                home.mkdir(mode=0o700, parents=True)
+                os.chown(home, account.uid, account.gid)
+            except OSError:
+                continue  # an id that is not mapped here

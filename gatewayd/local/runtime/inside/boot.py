@@ -1,0 +1,207 @@
+"""How one sandbox comes up: control groups, user namespace, overlay, bubblewrap, agent.
+
+Runs in the monitor. The order is the security of it: processes join the control groups first, give up the host's ids next, and
+only then touch anything that the sandbox owns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gatewayd.local.runtime.inside import agent, kernel
+
+_DEADLINE = 15.0  # seconds for bubblewrap to report that the sandbox stands
+_MOUNTPOINTS = ("/mnt", "/media", "/srv", "/opt")  # a folder every user may pass through; used in a private mount namespace only
+_NAMESPACES = ("user", "mnt", "net", "ipc", "uts", "pid")  # user first: it grants the right to the others
+_MAX_STDERR = 4096  # bytes of complaint that are kept
+_ANCHOR = "printf x >&3; exec 3>&-; exec sleep infinity"  # tells that the sandbox stands, then keeps it alive
+
+
+class BootError(Exception):
+    """The sandbox did not come up; the message is for the user."""
+
+
+class Tree:
+    """The processes that the monitor must see gone."""
+
+    def __init__(self) -> None:
+        self.bubblewrap: int | None = None  # pid, our child once its short-lived parent is gone
+        self.init: int | None = None  # pidfd of pid 1 in the sandbox: its end is the end of everything inside
+
+
+class _Pipes:
+    """What the processes of a boot tell each other; every end is closed by `close`."""
+
+    def __init__(self) -> None:
+        self.pids_r, self.pids_w = os.pipe()  # frame → monitor: pids of launcher and joiner
+        self.mapped_r, self.mapped_w = os.pipe()  # launcher → monitor: "my user namespace exists"
+        self.go_r, self.go_w = os.pipe()  # monitor → launcher: "its ids are mapped"
+        self.info_r, self.info_w = os.pipe()  # bubblewrap → monitor: JSON with the pid of pid 1
+        self.ready_r, self.ready_w = os.pipe()  # anchor → monitor: "I run"
+        self.enter_r, self.enter_w = os.pipe()  # monitor → joiner: the pid to join
+        self.error_r, self.error_w = os.pipe()  # everybody's stderr → monitor
+        self._open = set(vars(self).values())
+
+    def close(self, *fds: int) -> None:
+        """Close these, or all that are still open."""
+        for fd in fds or tuple(self._open):
+            self._open.discard(fd)
+            os.close(fd)
+
+
+def boot(plan: dict[str, Any], tree: Tree, channel: socket.socket) -> None:
+    """Bring the sandbox up and let the agent in; `tree` is filled in as processes appear.
+
+    Raises:
+        BootError, OSError: it did not come up; whatever is in `tree` must be ended.
+    """
+    pipes = _Pipes()
+    deadline = time.monotonic() + _DEADLINE
+    try:
+        frame = os.fork()
+        if frame == 0:
+            _child(pipes, lambda: _frame(plan, pipes, channel))
+        pipes.close(pipes.pids_w, pipes.mapped_w, pipes.go_r, pipes.info_w, pipes.ready_w, pipes.enter_r, pipes.error_w)
+        pids = _read(pipes.pids_r, 64, deadline, b";").rstrip(b";").split()
+        os.waitpid(frame, 0)
+        if len(pids) == 2:
+            tree.bubblewrap = int(pids[0])
+            if _read(pipes.mapped_r, 1, deadline):
+                _write_maps(tree.bubblewrap, plan["id_map"])
+                os.write(pipes.go_w, b"x")
+                if info := _read(pipes.info_r, 65536, deadline, b"}"):
+                    init = int(json.loads(info)["child-pid"])
+                    tree.init = os.pidfd_open(init)
+                    if _read(pipes.ready_r, 1, deadline):
+                        os.write(pipes.enter_w, str(init).encode())
+                        if os.waitpid(int(pids[1]), 0)[1] == 0:
+                            return
+        detail = _read(pipes.error_r, _MAX_STDERR, time.monotonic() + 0.5).decode("utf-8", "replace").strip()
+        raise BootError(detail or f"not up within {_DEADLINE:.0f} s")
+    finally:
+        pipes.close()
+
+
+def _read(fd: int, size: int, deadline: float, end: bytes = b"") -> bytes:
+    """Up to `size` bytes: until `end` (if given) or end of file, or what there is when the deadline passes."""
+    data = b""
+    while len(data) < size and select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(fd, size - len(data))
+        data += chunk
+        if not chunk or (end and data.rstrip(b" \n").endswith(end)):
+            break
+    return data
+
+
+def _write_maps(pid: int, id_map: dict[str, Any]) -> None:
+    """Map the ids of the launcher's new user namespace: directly as root, else by newuidmap(1)."""
+    method = id_map["method"]
+    if method == "single":
+        Path(f"/proc/{pid}/setgroups").write_text("deny")
+    for kind in ("uid", "gid"):
+        rows = [[str(number) for number in row] for row in id_map[kind]]
+        if method == "newuidmap":
+            words = [word for row in rows for word in row]
+            done = subprocess.run([f"new{kind}map", str(pid), *words], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise BootError(f"new{kind}map: {done.stderr.strip()}")
+        else:
+            Path(f"/proc/{pid}/{kind}_map").write_text("\n".join(" ".join(row) for row in rows))
+
+
+def explain(exc: BaseException) -> str:
+    """One line for a user."""
+    return f"{exc.filename or 'system call'}: {exc.strerror}" if isinstance(exc, OSError) else str(exc)
+
+
+def _child(pipes: _Pipes, body: Callable[[], None]) -> NoReturn:
+    """Run the rest of a forked child: it must never return into its parent's code."""
+    status = 1
+    try:
+        body()
+        status = 0
+    except BaseException as exc:  # noqa: BLE001 - as above
+        os.write(pipes.error_w, f"{explain(exc)}\n".encode()[:_MAX_STDERR])
+    os._exit(status)
+
+
+def _frame(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
+    """Join the control groups once for both children (the kernel takes some 10 ms for each), start them, and leave."""
+    for folder in plan["cgroups"]:
+        Path(folder, "cgroup.procs").write_text("0")  # 0: the writer itself
+    children = []
+    for body in (lambda: _launch(plan, pipes), lambda: _join(pipes, channel)):
+        pid = os.fork()
+        if pid == 0:
+            _child(pipes, body)
+        children.append(pid)
+    os.write(pipes.pids_w, b"%d %d;" % tuple(children))
+
+
+def _launch(plan: dict[str, Any], pipes: _Pipes) -> None:
+    """User namespace, overlay, then become bubblewrap."""
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.chdir(plan["box_dir"])  # so that the overlay's options hold no path of this machine
+    target = next(path for path in _MOUNTPOINTS if Path(path).is_dir())
+    privileged = plan["id_map"]["method"] == "direct"
+    if privileged:  # root's own overlay, made while the state folder can still be read
+        _mount_overlay(plan["lower"], target)
+    kernel.unshare(kernel.CLONE_NEWUSER)
+    os.write(pipes.mapped_w, b"x")
+    if os.read(pipes.go_r, 1) != b"x":
+        return
+    _become_root_inside()
+    if privileged:
+        kernel.unshare(kernel.CLONE_NEWNS)
+    else:
+        _mount_overlay(plan["lower"], target)
+    kernel.die_with_parent(signal.SIGKILL)
+    if os.getppid() == 1:  # the monitor died before that call
+        return
+    info_fd = fcntl.fcntl(pipes.info_w, fcntl.F_DUPFD, 10)  # inheritable, and out of the way
+    os.dup2(pipes.error_w, 2)
+    os.dup2(pipes.ready_w, 3)  # dash knows one-digit descriptors only
+    command = [*plan["bwrap"], "--bind", target, "/", *plan["mounts"], "--info-fd", str(info_fd), "--", "/bin/sh", "-c", _ANCHOR]
+    os.execve(command[0], command, {})  # noqa: S606 - no environment: bubblewrap's --clearenv would leave /proc/1/environ readable
+
+
+def _mount_overlay(lower: str, target: str) -> None:
+    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("none", "/", "none", kernel.MS_REC | kernel.MS_PRIVATE)
+    kernel.mount("overlay", target, "overlay", 0, f"lowerdir={lower},upperdir=upper,workdir=work,userxattr")
+
+
+def _become_root_inside() -> None:
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    with contextlib.suppress(PermissionError):  # refused where only one id is mapped; nothing to drop there either
+        os.setgroups([])
+
+
+def _join(pipes: _Pipes, channel: socket.socket) -> None:
+    """Enter the sandbox's namespaces when told to, and leave the agent there."""
+    pid = os.read(pipes.enter_r, 32).decode()
+    if not pid:
+        return  # the boot failed before
+    fds = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in _NAMESPACES]
+    for fd in fds:
+        kernel.setns(fd)
+        os.close(fd)
+    _become_root_inside()
+    if os.fork() == 0:  # only a child is inside the new pid namespace
+        pipes.close()
+        agent.run(channel)

@@ -1,0 +1,161 @@
+"""The native runtime: bubblewrap, an overlay and Linux namespaces, as root or as a plain user, with no daemon and no image.
+
+On disk, below the state folder::
+
+    bases/HASH/          the default snapshot's layer (`rootfs`)
+    boxes/ID/upper/      what the sandbox wrote; work/ is overlayfs's own
+    boxes/ID/base        the name of the layer it was made on
+    trash/               disks being deleted
+
+Per running sandbox there is one monitor process outside and one agent inside (`inside.monitor`, `inside.agent`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from gatewayd.local.runtime import cgroups, idmap, rootfs
+from gatewayd.local.runtime.base import BoxSpec, RuntimeFailure, box_dir
+from gatewayd.local.runtime.nativebox import NativeBox
+from gatewayd.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+_END_DEADLINE = 12.0  # seconds for killed processes to be gone
+_BASE_MARKER = "base"  # file in a box's folder
+_NOTE_SINGLE_ID = "only root exists inside: /etc/subuid gives this user no ids (install uidmap and add a range)"
+
+
+class NativeRuntime:
+    """Boxes by bubblewrap. See `base.Runtime`."""
+
+    name = "native"
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._ids = idmap.current()
+        instance = hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
+        self._cgroups = cgroups.Cgroups(instance)
+        self._tasks = TaskOwner("native")  # one watcher for each running box
+        self._ends: set[asyncio.Future[str]] = set()  # `ended` of each running box
+
+    def _note(self, limits: cgroups.Limits) -> str:
+        notes = [limits.note] if limits.note else []
+        if self._ids.method == "single":
+            notes.append(_NOTE_SINGLE_ID)
+        return "; ".join(notes)
+
+    async def recover(self) -> None:
+        """Remove what a killed service left behind (processes, cgroups, half-deleted disks). Call once, before anything else."""
+        for box_id in self._cgroups.leftovers():
+            for pid in self._cgroups.pids(box_id):  # its monitor was killed too: nobody else will end these
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(_END_DEADLINE):
+                while self._cgroups.pids(box_id):  # noqa: ASYNC110 - the kernel sends no event
+                    await asyncio.sleep(0.01)
+            self._cgroups.remove(box_id)
+        trash = self._state_dir / "trash"
+        if trash.is_dir():
+            for entry in trash.iterdir():
+                await self._delete(entry)
+
+    async def start(self, spec: BoxSpec) -> NativeBox:
+        """Start a sandbox, on its existing disk or a fresh one. Raises RuntimeFailure; nothing is left behind then."""
+        bwrap = shutil.which("bwrap", path=os.defpath + ":/usr/local/bin")
+        if bwrap is None:
+            raise RuntimeFailure("cannot start the sandbox: bubblewrap is not installed (apt-get install bubblewrap)")
+        try:
+            base = await asyncio.to_thread(self._prepare_disk, spec.id)
+            limits = self._cgroups.create(spec.id, spec.vcpus, spec.mem_bytes)
+        except OSError as exc:
+            raise RuntimeFailure(f"cannot start the sandbox: {exc.strerror}") from exc
+        box = NativeBox(spec, self._note(limits))
+        plan = {
+            "box_dir": str(box_dir(self._state_dir, spec.id)),
+            "lower": f"../../bases/{base}",
+            "id_map": self._ids.plan(),
+            "cgroups": [str(folder) for folder in limits.folders],
+            "bwrap": [bwrap, *self._isolation(spec)],
+            "mounts": self._mounts(),
+        }
+        try:
+            await box.boot(plan)
+        except BaseException:
+            self._cgroups.remove(spec.id)
+            raise
+        self._ends.add(box.ended)
+        box.ended.add_done_callback(self._ends.discard)
+        self._tasks.start(box.watch(), spec.id)
+        return box
+
+    @staticmethod
+    def _isolation(spec: BoxSpec) -> list[str]:
+        namespaces = [f"--unshare-{name}" for name in ("pid", "net", "ipc", "uts")]
+        return [*namespaces, "--hostname", spec.hostname, "--die-with-parent", "--cap-drop", "ALL", "--chdir", "/"]
+
+    @staticmethod
+    def _mounts() -> list[str]:
+        shared = ["--perms", "1777", "--tmpfs", "/dev/shm", "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108 - inside
+        return ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev", *shared, "--perms", "755", "--tmpfs", "/run"]
+
+    def _prepare_disk(self, box_id: str) -> str:
+        """Make what is missing of a box's folder; returns the name of its base layer."""
+        bases = self._state_dir / "bases"
+        folder = box_dir(self._state_dir, box_id)
+        marker = folder / _BASE_MARKER
+        if marker.is_file() and (bases / (name := marker.read_text().strip())).is_dir():
+            return name
+        bases.mkdir(mode=0o700, parents=True, exist_ok=True)
+        name = rootfs.ensure_base(bases, self._ids.root_uid, self._ids.root_gid)
+        for path in (folder.parent, folder, folder / "upper", folder / "work"):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (folder / "upper", folder / "work"):
+            os.chown(path, self._ids.root_uid, self._ids.root_gid)
+        (folder / "upper").chmod(0o755)  # the sandbox's root folder
+        draft = marker.with_suffix(".new")
+        draft.write_text(name)
+        draft.rename(marker)
+        return name
+
+    async def remove(self, box_id: str) -> None:
+        """Delete a stopped sandbox's disk; no error when there is none."""
+        trash = self._state_dir / "trash"
+        trash.mkdir(mode=0o700, exist_ok=True)
+        target = trash / f"{box_id}.{os.urandom(4).hex()}"
+        try:
+            box_dir(self._state_dir, box_id).rename(target)
+        except FileNotFoundError:
+            return
+        await self._delete(target)
+
+    async def _delete(self, path: Path) -> None:
+        """rm -rf, from inside the id mapping where other users' files are not ours to delete."""
+        remover = ["rm", "-rf", "--one-file-system", "--", str(path)]
+        if self._ids.method == "newuidmap":
+            remover = ["unshare", "--user", "--map-root-user", "--map-auto", "--", *remover]
+        process = await asyncio.create_subprocess_exec(
+            *remover, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        )
+        _, err = await process.communicate()
+        if process.returncode != 0:
+            log.error("cannot delete a sandbox's disk: %s", err.decode("utf-8", "replace").strip()[:500])
+
+    async def disks(self) -> set[str]:
+        """Ids of the boxes that have a disk."""
+        boxes = self._state_dir / "boxes"
+        return {entry.name for entry in boxes.iterdir()} if boxes.is_dir() else set()
+
+    async def aclose(self) -> None:
+        """Release what the runtime itself holds. Boxes must have been stopped."""
+        if self._ends:
+            await asyncio.wait(self._ends, timeout=_END_DEADLINE)
+        await self._tasks.aclose()
+        self._cgroups.close()
