@@ -155,6 +155,9 @@ class Agent:
 
     def _become(self, request: dict[str, Any], account: accounts.Account, stdio: list[int]) -> None:
         """In the child: own session, descriptors, user, folder, then the program."""
+        self._channel.close()  # from here on nothing of the host's is left to take
+        self._poll.close()
+        _be_ordinary()
         os.setsid()
         for target in (0, 1, 2):
             os.dup2(stdio[min(target, len(stdio) - 1)], target)
@@ -329,6 +332,13 @@ class Agent:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)  # noqa: PTH108
         self._send({"id": request["id"], "ok": {}})
+
+
+def _be_ordinary() -> None:
+    """Undo the protection that the monitor gave the agent from the out-of-memory killer."""
+    kernel.hide_from_tracers(hidden=False)  # /proc/self belongs to us only when dumpable
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("0")
 
 
 def _exec(argv: list[str], env: dict[str, str]) -> None:

@@ -197,6 +197,8 @@ def _join(pipes: _Pipes, channel: socket.socket) -> None:
     pid = os.read(pipes.enter_r, 32).decode()
     if not pid:
         return  # the boot failed before
+    with contextlib.suppress(PermissionError):  # as root: a sandbox out of memory must not lose its agent
+        Path("/proc/self/oom_score_adj").write_text("-900")
     fds = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in _NAMESPACES]
     for fd in fds:
         kernel.setns(fd)

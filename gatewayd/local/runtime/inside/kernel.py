@@ -79,9 +79,9 @@ def become_subreaper() -> None:
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl CHILD_SUBREAPER")
 
 
-def hide_from_tracers() -> None:
+def hide_from_tracers(*, hidden: bool = True) -> None:
     """prctl(PR_SET_DUMPABLE, 0): no ptrace, no /proc/PID/{mem,environ,fd,root} for the sandbox's processes."""
-    _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl DUMPABLE")
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 0 if hidden else 1, 0, 0, 0), "prctl DUMPABLE")
 
 
 def keep_only(capabilities: frozenset[int]) -> None:
