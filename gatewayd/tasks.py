@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class TaskOwner:
@@ -57,3 +59,61 @@ class TaskOwner:
             _, pending = await asyncio.wait(tasks, timeout=deadline)
             for task in pending:
                 log.error("task %s did not end within %.1f s", task.get_name(), deadline)
+
+
+class _Run(Generic[T]):
+    """One run of a `SingleFlight`."""
+
+    def __init__(self, task: asyncio.Task[T | Exception]) -> None:
+        self.task = task
+        self.waiters = 0  # who waits for its outcome
+
+
+class SingleFlight(Generic[T]):
+    """One run of a coroutine for everybody who wants its outcome at the same time."""
+
+    def __init__(self, owner: TaskOwner, name: str, *, keep: bool = False) -> None:
+        self._owner = owner  # of the task that runs it
+        self._name = name  # of that task
+        self._keep = keep  # whether it goes on when nobody waits any more
+        self._run: _Run[T] | None = None  # the run in progress
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is in progress."""
+        return self._run is not None and not self._run.task.done()
+
+    async def join(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The outcome of the run in progress, or of a new one of `function`.
+
+        A waiter that is cancelled leaves; the run is cancelled with the last one. The run's exception is raised in every waiter.
+
+        Raises:
+            RuntimeError: the owner is closed, or was closed meanwhile.
+        """
+        run = self._run
+        if run is None or run.task.done():
+            run = self._run = _Run(self._owner.start(_outcome(function), self._name))
+        run.waiters += 1
+        try:
+            await asyncio.wait([run.task])
+        finally:
+            run.waiters -= 1
+            if run.waiters == 0 and not self._keep:
+                run.task.cancel()  # nothing, when it is done
+            if self._run is run and (run.task.done() or (run.waiters == 0 and not self._keep)):
+                self._run = None
+        if run.task.cancelled():
+            raise RuntimeError(f"{self._name} was stopped")
+        outcome = run.task.result()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+async def _outcome(function: Callable[[], Coroutine[Any, Any, T]]) -> T | Exception:
+    """An exception is an outcome like any other: several may want it, and the task itself has not failed."""
+    try:
+        return await function()
+    except Exception as exc:  # noqa: BLE001 - raised in every waiter
+        return exc

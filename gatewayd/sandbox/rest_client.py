@@ -21,7 +21,7 @@ from gatewayd.sandbox.failures import connection_failure, refusal
 log = logging.getLogger(__name__)
 
 BOXES = "/v2/sandboxes/boxes"
-RETRIES = 3  # after the first attempt
+RETRIES = 3
 BACKOFF_BASE = 0.5  # seconds before the first retry, doubled for each one after
 BACKOFF_MAX = 8.0
 RETRY_AFTER_MAX = 30.0  # a service that asks for more gets its error passed on
@@ -42,12 +42,25 @@ class Access(Protocol):
         """The profile to use now; starts the embedded service if it is the one meant. Raises GatewayError."""
 
 
+class FixedAccess:
+    """A service whose profile does not change."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.name = profile.name
+        self._profile = profile
+
+    async def current(self) -> Profile:
+        """The profile."""
+        return self._profile
+
+
 class RestClient:
     """Requests to one profile's service; every error is a `GatewayError`. Close it with `aclose`."""
 
-    def __init__(self, access: Access, proxies: Proxies) -> None:
+    def __init__(self, access: Access, proxies: Proxies, *, retries: int = RETRIES) -> None:
         self._access = access  # asked before every attempt: the embedded service may have moved
         self._proxies = proxies
+        self._retries = retries  # after the first attempt
         self._clients: dict[tuple[str | None, bool, str], httpx2.AsyncClient] = {}  # (proxy, TLS, ca_file) → warm connections
 
     async def create(self, body: Mapping[str, Any], *, deadline: float = 60.0) -> dict[str, Any]:
@@ -127,7 +140,7 @@ class RestClient:
         profile = await self._access.current()
         try:
             async with asyncio.timeout(deadline):
-                for attempt in range(RETRIES + 1):
+                for attempt in range(self._retries + 1):
                     if attempt:
                         profile = await self._access.current()
                     url = path if path.startswith(("http://", "https://")) else profile.endpoint + path
@@ -137,13 +150,13 @@ class RestClient:
                         delay = _delay_after(exc, attempt, repeatable)
                         if attempt and method == "DELETE" and exc.status == 404:
                             return None  # the attempt whose answer was lost has done it
-                        if attempt == RETRIES or delay is None:
+                        if attempt == self._retries or delay is None:
                             raise
                         log.debug("%s: HTTP %d, trying again in %.1f s", action, exc.status, delay)
                     except httpx2.TransportError as exc:
                         failure = _transport_failure(exc, action, url, profile)
                         timed_out = isinstance(exc, httpx2.TimeoutException) and not isinstance(exc, _UNSENT)
-                        if attempt == RETRIES or timed_out or not (repeatable or isinstance(exc, _UNSENT)):
+                        if attempt == self._retries or timed_out or not (repeatable or isinstance(exc, _UNSENT)):
                             raise failure from exc
                         delay = backoff(attempt)
                         log.debug("%s; trying again in %.1f s", failure.message, delay)
