@@ -10,15 +10,18 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from gatewayd.api import LOCAL_DIR, LOCAL_LOG, PROFILE_LOCAL, ErrorKind, LocalStatus
+from gatewayd.api import LOCAL_DIR, LOCAL_LOG, PROFILE_LOCAL, ErrorKind
 from gatewayd.config import Profile, Proxies, is_loopback, read_key_file
 from gatewayd.errors import GatewayError, printable
 from gatewayd.sandbox.child import Child, reap
 from gatewayd.sandbox.rest_client import FixedAccess, RestClient
 from gatewayd.tasks import SingleFlight, TaskOwner
+
+if TYPE_CHECKING:
+    from gatewayd.api import LocalStatus
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
-from gatewayd.api import ErrorKind, LinkStatus
+from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError, MuxClosed, ServiceRefused, StreamReset
 from gatewayd.sandbox.accounts import Account
 from gatewayd.sandbox.boxes import Directory, Notice
@@ -19,6 +20,9 @@ from gatewayd.sandbox.link import Link, Target
 from gatewayd.sandbox.rest_client import backoff
 from gatewayd.tasks import SingleFlight, TaskOwner
 from gatewayd.yamux.aio import MuxStream
+
+if TYPE_CHECKING:
+    from gatewayd.api import LinkStatus
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The sandbox's own sshd: made ready by one idempotent script, and the keys that may use it.
 
-Everything runs through ``/execute`` with ``/bin/sh``. What the scripts need to know travels in environment variables, so nothing is
-ever quoted; what they print is checked line by line.
+Everything runs through ``/execute`` with ``/bin/sh``. What the scripts need to know travels in environment variables, so that
+nothing is ever quoted; what they print is checked line by line.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ ADD_KEYS = r"""
 set -u
 umask 077
 dir=$HOME/.ssh; file=$dir/authorized_keys
-mkdir -p "$dir" && chmod 0700 "$dir" && { [ -e "$file" ] || : > "$file"; } && chmod 0600 "$file" || { echo "FAIL cannot write $file"; exit 0; }
+fail() { echo "FAIL cannot write $file"; exit 0; }
+mkdir -p "$dir" && chmod 0700 "$dir" && { [ -e "$file" ] || : > "$file"; } && chmod 0600 "$file" || fail
 if [ -s "$file" ] && [ -n "$(tail -c 1 "$file")" ]; then echo >> "$file"; fi
 printf '%s\n' "$GATEWAYD_KEYS" | while IFS= read -r line; do
   [ -n "$line" ] || continue
@@ -111,7 +112,7 @@ printf '%s\n' "$GATEWAYD_KEYS" | while IFS= read -r line; do
     case " $have " in *" $key "*) found=1; break ;; esac
   done < "$file"
   if [ -z "$found" ]; then
-    printf '%s\n' "$line" >> "$file" && printf 'ADDED %s\n' "$line" || echo "FAIL cannot write $file"
+    printf '%s\n' "$line" >> "$file" && printf 'ADDED %s\n' "$line" || fail
   fi
 done
 exit 0
@@ -124,8 +125,9 @@ umask 077
 file=$HOME/.ssh/authorized_keys
 [ -e "$file" ] || exit 0
 temporary=$file.gatewayd.$$
+fail() { rm -f "$temporary"; echo "FAIL cannot write $file"; exit 0; }
 removed=$(
-  : > "$temporary" || { echo "FAIL cannot write $temporary"; exit; }
+  : > "$temporary" || fail
   while IFS= read -r have || [ -n "$have" ]; do
     gone=
     while IFS= read -r line; do [ -n "$line" ] && [ "$have" = "$line" ] && gone=1; done <<END
@@ -135,7 +137,7 @@ END
   done < "$file"
 )
 case $removed in
-  REMOVED*) chmod 0600 "$temporary" && mv -f "$temporary" "$file" || { rm -f "$temporary"; echo "FAIL cannot write $file"; exit 0; } ;;
+  REMOVED*) chmod 0600 "$temporary" && mv -f "$temporary" "$file" || fail ;;
   *) rm -f "$temporary" ;;
 esac
 [ -n "$removed" ] && printf '%s\n' "$removed"
@@ -154,7 +156,7 @@ async def ensure_running(account: Account, directory: Directory, sandbox: str) -
     for word, text in await _run(account, directory, sandbox, ENSURE_RUNNING, {}, what):
         if word == "USER" and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", text):
             user = text
-        elif word == "HOSTKEY":
+        elif word == "HOSTKEY" and text.partition(" ")[0] in KEY_TYPES:
             keys.append(check_public_key(text, "a host key of the sandbox"))
     return user or "root", keys
 
