@@ -1,0 +1,1 @@
+"""yamux: many byte streams over one connection. `frames`, `stream`, `session` are pure; `aio` drives them."""

@@ -1,0 +1,62 @@
+"""The frames a yamux session has not sent yet: control before data, both counted. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from gatewayd.yamux.frames import HEADER_SIZE, Flag, FrameType, encode_header
+
+
+class Outbox:
+    """Two queues of encoded frames; control frames overtake data, so a ping never waits behind a bulk transfer."""
+
+    def __init__(self) -> None:
+        self._control: deque[bytes] = deque()  # SYN, ACK, ping, go away, refusals: frames with no data before them
+        self._data: deque[bytes | memoryview] = deque()  # DATA frames, and the FIN and RST that must stay behind them
+        self._data_size = 0  # bytes in _data
+
+    def __bool__(self) -> bool:
+        return bool(self._control or self._data)
+
+    @property
+    def control_size(self) -> int:
+        """Bytes of control frames."""
+        return HEADER_SIZE * len(self._control)
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of DATA frames, FINs and RSTs, headers included."""
+        return self._data_size
+
+    def push_control(self, frame_type: FrameType, flags: Flag, stream_id: int, length: int) -> None:
+        """Queue a frame that may overtake data."""
+        self._control.append(encode_header(frame_type, flags, stream_id, length))
+
+    def push_behind_data(self, flags: Flag, stream_id: int) -> None:
+        """Queue an empty frame with FIN or RST behind what was written before it."""
+        self._data.append(encode_header(FrameType.WINDOW_UPDATE, flags, stream_id, 0))
+        self._data_size += HEADER_SIZE
+
+    def push_data(self, stream_id: int, payload: memoryview) -> None:
+        """Queue one DATA frame; `payload` is not copied and must not change."""
+        self._data.append(encode_header(FrameType.DATA, Flag.NONE, stream_id, len(payload)))
+        self._data.append(payload)
+        self._data_size += HEADER_SIZE + len(payload)
+
+    def take(self, limit: int) -> list[bytes | memoryview]:
+        """Remove and return all control frames and then data up to about `limit` bytes; the one part at the head always fits."""
+        parts: list[bytes | memoryview] = list(self._control)
+        self._control.clear()
+        size = HEADER_SIZE * len(parts)
+        while self._data and (not parts or size + len(self._data[0]) <= limit):
+            part = self._data.popleft()
+            size += len(part)
+            self._data_size -= len(part)
+            parts.append(part)
+        return parts
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._control.clear()
+        self._data.clear()
+        self._data_size = 0
