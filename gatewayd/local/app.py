@@ -1,0 +1,47 @@
+"""The FastAPI application: routes, the door, and errors in the protocol's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gatewayd.api import VERSION
+from gatewayd.local import dataplane, exec_ws, files, rest_server
+from gatewayd.local.boxes import Boxes
+from gatewayd.local.envelope import STATUS_TYPES, ServiceError, error_response, validation_response
+from gatewayd.local.guard import Guard, GuardMiddleware
+
+
+def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
+    """The service as an ASGI application."""
+    app = FastAPI(title="gatewayd local", version=VERSION, docs_url=None, redoc_url=None)
+    app.state.boxes = boxes
+    for prefix in rest_server.PREFIXES:
+        app.include_router(rest_server.router, prefix=prefix)
+    for router in (dataplane.router, exec_ws.router, files.router):
+        app.include_router(router)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    return GuardMiddleware(app, guard)
+
+
+def _where(request: Request) -> str:
+    return f"{request.method} {request.url.path}"
+
+
+async def _service_error(request: Request, exc: Any) -> JSONResponse:
+    return error_response(exc, _where(request))
+
+
+async def _invalid(request: Request, exc: Any) -> JSONResponse:
+    return validation_response(exc.errors(), _where(request))
+
+
+async def _http_error(request: Request, exc: Any) -> JSONResponse:
+    error = ServiceError(exc.status_code, STATUS_TYPES.get(exc.status_code, "InvalidRequest"), str(exc.detail))
+    return error_response(error, _where(request), exc.headers)

@@ -1,0 +1,53 @@
+"""From a request's fields to a process in a sandbox."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import Any
+
+from gatewayd.local.models import CommandBody
+from gatewayd.local.runtime.base import DEFAULT_SHELL, Box, Process, SpawnSpec
+from gatewayd.local.store import Record
+
+FALLBACK_SHELL = "/bin/sh"  # for images without bash
+DEFAULT_TERM = "xterm-256color"
+
+
+def spawn_spec(record: Record, body: CommandBody, shell: str, *, pty: bool) -> SpawnSpec:
+    """The process for a command, or for a login shell when there is none.
+
+    Layers, each over the one before: the sandbox's run_config, its env_vars, the command's run_config or env and cwd.
+    """
+    base = record.run_config or {}
+    own: Mapping[str, Any] = body.run_config.model_dump(exclude_none=True) if body.run_config else {}
+    env = {**base.get("env_vars", {}), **record.env_vars, **own.get("env_vars", {}), **(body.env or {})}
+    if pty:
+        env.setdefault("TERM", DEFAULT_TERM)
+    return SpawnSpec(
+        argv=[shell, "-c", body.command] if body.command else [shell, "-l"],
+        env=env,
+        cwd=body.cwd or own.get("work_dir") or base.get("work_dir"),
+        user=own.get("user") or base.get("user"),
+        pty=pty,
+    )
+
+
+async def spawn(box: Box, record: Record, body: CommandBody, *, pty: bool = False) -> Process:
+    """Start a command. Raises OSError or RuntimeFailure, as `Box.spawn`."""
+    if body.shell:
+        return await box.spawn(spawn_spec(record, body, body.shell, pty=pty))
+    try:
+        return await box.spawn(spawn_spec(record, body, DEFAULT_SHELL, pty=pty))
+    except OSError as exc:
+        if exc.errno != errno.ENOENT:
+            raise
+    return await box.spawn(spawn_spec(record, body, FALLBACK_SHELL, pty=pty))
+
+
+def spawn_failure(exc: Exception) -> str:
+    """Why a command could not be started, for its user."""
+    if isinstance(exc, OSError):
+        place = f": {exc.filename}" if isinstance(exc.filename, str) else ""
+        return f"cannot run the command: {exc.strerror or exc}{place}"
+    return f"cannot run the command: {exc}"

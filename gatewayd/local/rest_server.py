@@ -1,0 +1,221 @@
+"""The control plane's routes (protocol section 1), the same under /v2/sandboxes and /api/v2/sandboxes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+
+from gatewayd.local.boxes import Boxes
+from gatewayd.local.envelope import ServiceError, unsupported
+from gatewayd.local.models import DEFAULT_SNAPSHOT_ID, DEFAULT_SNAPSHOT_NAME, DEFAULT_SNAPSHOT_REFERENCES, CreateBody, PatchBody
+from gatewayd.local.store import Record
+
+PREFIXES = ("/v2/sandboxes", "/api/v2/sandboxes")  # the SDK's own client; the generated clients
+MAX_PAGE = 1000  # sandboxes in one answer; also the page when none is asked for, since the SDK reads only one
+
+router = APIRouter()
+
+SortKey = Literal["name", "status", "created_at", "stopped_at", "idle_ttl_seconds", "delete_after_stop_seconds"]
+StatusName = Literal["provisioning", "ready", "failed", "stopped", "deleting"]
+
+
+def boxes_of(request: Request) -> Boxes:
+    """The service's sandboxes."""
+    boxes: Boxes = request.app.state.boxes
+    return boxes
+
+
+def view(record: Record, request: Request) -> dict[str, Any]:
+    """A sandbox as answered. What this service does not have is null."""
+    millicores = record.millicores
+    vcpus = None if millicores is None else millicores / 1000
+    return {
+        "id": record.id,
+        "name": record.name,
+        "status": record.status,
+        "status_message": record.status_message,
+        # from the request, so that it holds when the port changed; by id, so that it survives a rename
+        "dataplane_url": f"{request.url.scheme}://{request.headers['host']}/dataplane/{record.id}",
+        "created_at": record.created_at,
+        "updated_at": record.updated_at,
+        "created_by": None,
+        "idle_ttl_seconds": record.idle_ttl_seconds,
+        "delete_after_stop_seconds": record.delete_after_stop_seconds,
+        "stopped_at": record.stopped_at,
+        "snapshot_id": DEFAULT_SNAPSHOT_ID,
+        "vcpus": int(vcpus) if vcpus is not None and vcpus.is_integer() else vcpus,
+        "cpu_millicores": millicores,
+        "mem_bytes": record.mem_bytes,
+        "fs_capacity_bytes": record.fs_capacity_bytes,
+        "size_class": None,
+        "labels": dict(record.labels),
+        "run_config": record.run_config,
+        "proxy_config": None,
+        "mount_config": None,
+        "preserve_memory_on_stop": False,
+        "persistent": True,
+    }
+
+
+@router.post("/boxes")
+async def create_box(request: Request, body: CreateBody) -> dict[str, Any]:
+    """Create a sandbox and start it."""
+    sandbox = await boxes_of(request).create(body)
+    return view(sandbox.record, request)
+
+
+@router.get("/boxes")
+async def list_boxes(
+    request: Request,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE)] = None,
+    offset: Annotated[int, Query(ge=0)] = 0,
+    page_size: Annotated[int | None, Query(ge=1, le=MAX_PAGE)] = None,
+    cursor: Annotated[str | None, Query(pattern=r"^[0-9]{1,9}$")] = None,
+    name_contains: str | None = None,
+    status: StatusName | None = None,
+    sort_by: SortKey = "created_at",
+    sort_direction: Literal["asc", "desc"] | None = None,
+    sort_order: Literal["asc", "desc"] | None = None,
+    label: Annotated[list[str] | None, Query(max_length=64)] = None,
+) -> dict[str, Any]:
+    """List sandboxes: filtered, sorted (newest first unless said otherwise), a page at a time."""
+    records = [
+        sandbox.record
+        for sandbox in boxes_of(request).all()
+        if (not name_contains or name_contains.lower() in sandbox.record.name)
+        and (status is None or sandbox.record.status == status)
+        and all(_has_label(sandbox.record, wanted) for wanted in label or ())
+    ]
+    descending = (sort_order or sort_direction or ("desc" if sort_by == "created_at" else "asc")) == "desc"
+    records.sort(key=lambda record: (_sort_value(record, sort_by), record.id), reverse=descending)
+    start = int(cursor) if cursor is not None else offset
+    size = page_size or limit or MAX_PAGE
+    page = [view(record, request) for record in records[start : start + size]]
+    more = start + size < len(records)
+    return {"sandboxes": page, "items": page, "next_cursor": str(start + size) if more else None, "offset": start}
+
+
+def _has_label(record: Record, wanted: str) -> bool:
+    key, equals, value = wanted.partition("=")
+    return key in record.labels and (not equals or record.labels[key] == value)
+
+
+def _sort_value(record: Record, sort_by: SortKey) -> tuple[bool, Any]:
+    value = getattr(record, sort_by)
+    return (value is not None, value)
+
+
+@router.get("/boxes/{name}")
+async def get_box(request: Request, name: str) -> dict[str, Any]:
+    """One sandbox."""
+    return view(boxes_of(request).get(name).record, request)
+
+
+@router.get("/boxes/{name}/status")
+async def get_box_status(request: Request, name: str) -> dict[str, Any]:
+    """Its status alone, cheap to poll."""
+    record = boxes_of(request).get(name).record
+    return {"status": record.status, "status_message": record.status_message}
+
+
+@router.patch("/boxes/{name}")
+async def update_box(request: Request, name: str, body: PatchBody) -> dict[str, Any]:
+    """Change a sandbox."""
+    boxes = boxes_of(request)
+    sandbox = boxes.get(name)
+    boxes.update(sandbox, body)
+    return view(sandbox.record, request)
+
+
+@router.delete("/boxes/{name}", status_code=204)
+async def delete_box(request: Request, name: str) -> Response:
+    """Stop a sandbox and remove all of it."""
+    boxes = boxes_of(request)
+    await boxes.delete(boxes.get(name))
+    return Response(status_code=204)
+
+
+@router.post("/boxes/{name}/start")
+async def start_box(request: Request, name: str) -> dict[str, Any]:
+    """Start a sandbox: answered when it is ready, or failed with the reason in status_message."""
+    boxes = boxes_of(request)
+    sandbox = boxes.get(name)
+    await boxes.start(sandbox)
+    return view(sandbox.record, request)
+
+
+@router.post("/boxes/{name}/stop")
+async def stop_box(request: Request, name: str) -> dict[str, Any]:
+    """Stop a sandbox: answered when nothing of it runs. Its files stay."""
+    boxes = boxes_of(request)
+    sandbox = boxes.get(name)
+    await boxes.stop(sandbox)
+    return view(sandbox.record, request)
+
+
+@router.get("/snapshots")
+async def list_snapshots(
+    name_contains: str | None = None, limit: Annotated[int, Query(ge=1, le=500)] = 50, offset: Annotated[int, Query(ge=0)] = 0
+) -> dict[str, Any]:
+    """The one snapshot there is."""
+    snapshots = [_default_snapshot()] if not name_contains or name_contains.lower() in DEFAULT_SNAPSHOT_NAME else []
+    return {"snapshots": snapshots[offset : offset + limit], "offset": offset}
+
+
+@router.get("/snapshots/{reference}")
+async def get_snapshot(reference: str) -> dict[str, Any]:
+    """A snapshot by id, name or name:tag."""
+    if reference not in DEFAULT_SNAPSHOT_REFERENCES:
+        raise ServiceError(404, "NotFound", f"Snapshot '{reference[:200]}' not found")
+    return _default_snapshot()
+
+
+@router.get("/snapshots-by-name/{name}")
+async def get_snapshot_tags(name: str) -> dict[str, Any]:
+    """The tags of a snapshot name."""
+    if name != DEFAULT_SNAPSHOT_NAME:
+        raise ServiceError(404, "NotFound", f"Snapshot name '{name[:200]}' not found")
+    return {"name": DEFAULT_SNAPSHOT_NAME, "tags": [{"tag": "latest", "snapshot_id": DEFAULT_SNAPSHOT_ID}]}
+
+
+def _default_snapshot() -> dict[str, Any]:
+    return {
+        "id": DEFAULT_SNAPSHOT_ID,
+        "name": DEFAULT_SNAPSHOT_NAME,
+        "status": "ready",
+        "status_message": None,
+        "docker_image": None,
+        "image_digest": None,
+        "fs_capacity_bytes": 0,
+        "fs_used_bytes": 0,
+        "source_sandbox_id": None,
+        "registry_id": None,
+        "created_at": None,
+        "updated_at": None,
+        "tags": ["latest"],
+        "labels": {},
+        "run_config": None,
+    }
+
+
+@router.post("/snapshots")
+@router.delete("/snapshots/{_reference}")
+@router.post("/boxes/{_name}/snapshot")
+async def no_snapshots() -> None:
+    """Snapshots cannot be made or removed."""
+    raise unsupported(f"this service has the one snapshot {DEFAULT_SNAPSHOT_NAME!r} and makes no others")
+
+
+@router.post("/boxes/{_name}/service-url")
+@router.get("/boxes/{_name}/service-urls")
+@router.delete("/boxes/{_name}/service-urls")
+async def no_service_urls() -> None:
+    """Ports are reached through /tunnel."""
+    raise unsupported("this service makes no service URLs; use a tunnel to the port")
+
+
+@router.post("/boxes/{_name}/download-url")
+async def no_download_urls() -> None:
+    """Files are read through /download."""
+    raise unsupported("this service makes no download links; use /download")
