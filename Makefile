@@ -1,0 +1,31 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need.
+
+.PHONY: demo demo-down test check unit e2e setup-test clean
+
+demo:
+	@scripts/setup demo
+	@scripts/demo
+
+# Undo what the demo left: its sandbox, its ssh configuration, the daemon and the service.
+demo-down:
+	@scripts/demo-down
+
+test: setup-test check
+	.venv/bin/pytest
+
+setup-test:
+	@scripts/setup test
+
+check: setup-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+unit: setup-test
+	.venv/bin/pytest tests/unit tests/property tests/test_layering.py
+
+e2e: setup-test
+	.venv/bin/pytest tests/e2e
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
