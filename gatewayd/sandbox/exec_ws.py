@@ -104,6 +104,7 @@ class ExecSession:
     def __init__(self, account: Account, directory: Directory, sandbox: str, spec: ExecSpec) -> None:
         self.command_id = uuid.uuid4().hex  # chosen here: a repeated execute attaches instead of running twice
         self.pid = 0  # inside the sandbox, once started
+        self.pty = spec.pty  # whether it runs on a terminal
         self._account = account
         self._directory = directory
         self._sandbox = sandbox

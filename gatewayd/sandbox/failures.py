@@ -84,7 +84,6 @@ def refusal(
     elif status == 404 and sandbox:
         kind = ErrorKind.NOT_FOUND
         cause = f"no sandbox named {sandbox!r} (profile {profile.name})"
-        hint = "`sandbox list` shows the names; `sandbox create` makes one"
     elif status == 404:
         kind = ErrorKind.UNAVAILABLE
         cause = f"{where} has no sandbox service at this address (HTTP 404)"

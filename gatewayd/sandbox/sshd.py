@@ -61,7 +61,8 @@ if ! listening; then
   for key in /etc/ssh/ssh_host_*_key; do [ -f "$key" ] && have_key=1; done
   if [ -z "$have_key" ]; then
     command -v ssh-keygen >/dev/null 2>&1 || fail no-sshd
-    ssh-keygen -q -t ed25519 -N '' -C '' -f /etc/ssh/ssh_host_ed25519_key </dev/null >/dev/null 2>&1 || fail "ssh-keygen failed"
+    ssh-keygen -q -t ed25519 -N '' -C '' -f /etc/ssh/ssh_host_ed25519_key </dev/null >/dev/null 2>&1 \
+      || [ -f /etc/ssh/ssh_host_ed25519_key ] || fail "ssh-keygen failed"
   fi
   mkdir -p /run/sshd && chmod 0755 /run/sshd || fail "cannot make /run/sshd"
   user=
@@ -80,11 +81,11 @@ if ! listening; then
     } > /etc/ssh/gatewayd_sshd_config || fail "cannot write /etc/ssh"
     set -- -f /etc/ssh/gatewayd_sshd_config "$@"
   fi
-  message=$(/usr/sbin/sshd "$@" </dev/null 2>&1) || fail "sshd: $message"
   tries=50
+  message=$(/usr/sbin/sshd "$@" </dev/null 2>&1) || tries=5 # another run of this script may have been faster
   until listening; do
     tries=$((tries - 1))
-    [ "$tries" -gt 0 ] || fail "sshd does not listen on port 22"
+    [ "$tries" -gt 0 ] || fail "sshd does not listen on port 22: $message"
     sleep 0.1 2>/dev/null || sleep 1
   done
 fi
