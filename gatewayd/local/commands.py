@@ -171,10 +171,7 @@ class CommandSession:
         """Pause or resume reading, after a cursor moved or a client came or went."""
         for pipe in self._pipes():
             positions = [cursor.offset for one in self._attachments for cursor in one.cursors if cursor.pipe is pipe]
-            if positions and pipe.ring.end - max(positions) >= pipe.ring.capacity:
-                pipe.pause()
-            else:
-                pipe.resume()
+            pipe.allow(pipe.ring.capacity - (pipe.ring.end - max(positions)) if positions else None)
 
     def abandon(self) -> None:
         """The sandbox is gone: end the session now, as killed; idempotent."""

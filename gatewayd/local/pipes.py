@@ -25,36 +25,39 @@ class OutputPipe:
         self.ring = ring
         self.eof = False  # no more bytes will come: end of file, or stop() was called
         self._fd = fd
-        self._on_change = on_change  # called after every read and at the end
+        self._on_change = on_change  # called after every read and at the end; it calls allow() again
         self._loop = asyncio.get_running_loop()
         self._reading = False  # the loop watches the descriptor
-        self.resume()
+        self._room: int | None = None  # bytes that may be read; None: any number
+        self.allow(None)
 
     @property
     def paused(self) -> bool:
         """Bytes may be waiting that are not read, for back-pressure."""
         return not self.eof and not self._reading
 
-    def pause(self) -> None:
-        """Stop reading: the command blocks when its pipe is full."""
-        if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self._fd)
-
-    def resume(self) -> None:
-        """Read again."""
-        if not self._reading and not self.eof:
+    def allow(self, room: int | None) -> None:
+        """Read at most that many bytes from now on, or None: without limit. At 0 the command blocks when its pipe is full."""
+        self._room = room
+        if room is not None and room <= 0:
+            self._pause()
+        elif not self._reading and not self.eof:
             self._reading = True
             self._loop.add_reader(self._fd, self._readable)
 
     def stop(self) -> None:
         """Read no more; idempotent."""
-        self.pause()
+        self._pause()
         self.eof = True
+
+    def _pause(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
 
     def _readable(self) -> None:
         try:
-            data = os.read(self._fd, READ_SIZE)
+            data = os.read(self._fd, READ_SIZE if self._room is None else min(READ_SIZE, self._room))
         except (BlockingIOError, InterruptedError):
             return
         except OSError:  # EIO: the last process closed the terminal
