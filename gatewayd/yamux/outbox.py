@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from gatewayd.yamux.frames import HEADER_SIZE, Flag, FrameType, encode_header
+
+_EMPTY: Final = memoryview(b"")
 
 
 class Outbox:
@@ -12,7 +15,9 @@ class Outbox:
 
     def __init__(self) -> None:
         self._control: deque[bytes] = deque()  # SYN, ACK, ping, go away, refusals: frames with no data before them
-        self._data: deque[bytes | memoryview] = deque()  # DATA frames, and the FIN and RST that must stay behind them
+        # Header and payload of DATA frames, and of the FIN and RST that must stay behind them. In pairs, since a control
+        # frame that slipped in between would be taken for payload.
+        self._data: deque[tuple[bytes, memoryview]] = deque()
         self._data_size = 0  # bytes in _data
 
     def __bool__(self) -> bool:
@@ -34,25 +39,27 @@ class Outbox:
 
     def push_behind_data(self, flags: Flag, stream_id: int) -> None:
         """Queue an empty frame with FIN or RST behind what was written before it."""
-        self._data.append(encode_header(FrameType.WINDOW_UPDATE, flags, stream_id, 0))
+        self._data.append((encode_header(FrameType.WINDOW_UPDATE, flags, stream_id, 0), _EMPTY))
         self._data_size += HEADER_SIZE
 
     def push_data(self, stream_id: int, payload: memoryview) -> None:
         """Queue one DATA frame; `payload` is not copied and must not change."""
-        self._data.append(encode_header(FrameType.DATA, Flag.NONE, stream_id, len(payload)))
-        self._data.append(payload)
+        self._data.append((encode_header(FrameType.DATA, Flag.NONE, stream_id, len(payload)), payload))
         self._data_size += HEADER_SIZE + len(payload)
 
     def take(self, limit: int) -> list[bytes | memoryview]:
-        """Remove and return all control frames and then data up to about `limit` bytes; the one part at the head always fits."""
+        """Remove and return all control frames, then whole data frames up to `limit` bytes in all, but at least one."""
         parts: list[bytes | memoryview] = list(self._control)
         self._control.clear()
-        size = HEADER_SIZE * len(parts)
-        while self._data and (not parts or size + len(self._data[0]) <= limit):
-            part = self._data.popleft()
-            size += len(part)
-            self._data_size -= len(part)
-            parts.append(part)
+        left = limit - HEADER_SIZE * len(parts)
+        first = True  # one always goes, or a flood of control frames could hold data up for ever
+        while self._data and (first or HEADER_SIZE + len(self._data[0][1]) <= left):
+            frame = self._data.popleft()
+            size = HEADER_SIZE + len(frame[1])
+            left -= size
+            self._data_size -= size
+            parts += frame
+            first = False
         return parts
 
     def clear(self) -> None:

@@ -126,9 +126,9 @@ class Session:
         return stream
 
     def accept(self, stream_id: int) -> Stream | None:
-        """Acknowledge a stream of the peer; None when it is gone already."""
+        """Acknowledge a stream of the peer; None when it is gone already. Idempotent."""
         stream = self._streams.get(stream_id)
-        if stream is not None and not stream.acked:
+        if stream is not None and not stream.local_origin and not stream.acked:
             stream.acked = True
             self._unaccepted -= 1
             self._outbox.push_control(FrameType.WINDOW_UPDATE, Flag.ACK, stream_id, stream.first_grant())
@@ -207,7 +207,7 @@ class Session:
             self._outbox.push_control(FrameType.GO_AWAY, Flag.NONE, 0, code)
 
     def data_to_send(self, limit: int = 256 * 1024) -> bytes:
-        """The next bytes for the transport, about `limit` at most, in order; b"" when there are none.
+        """The next whole frames for the transport, about `limit` bytes at most; b"" when there are none.
 
         Control frames and window updates come first: they never wait behind bulk data.
         """
@@ -366,8 +366,7 @@ class Session:
         if stream is None or not stream.allows(Signal.SEND_DATA):
             self._check_alive()
             raise StreamClosed(f"cannot send on stream {stream_id}: it is closed")
-        if not stream.acked and not stream.local_origin:
-            self.accept(stream_id)  # the ACK must not come after data
+        self.accept(stream_id)  # if it is the peer's: our ACK must not come after our data
         return stream
 
     def _add_stream(self, stream_id: int, *, local_origin: bool, now: float) -> Stream:

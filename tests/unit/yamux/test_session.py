@@ -288,6 +288,19 @@ def test_output_is_merged_up_to_the_limit_and_control_goes_first() -> None:
     assert headers(first)[0][0] == FrameType.PING
 
 
+@pytest.mark.parametrize("limit", [1, 500, 1012, 1500, 2024, 2500])
+def test_output_is_cut_between_frames_only(limit: int) -> None:
+    client, server, sid = connected(SessionConfig(max_frame=1000))
+    for letter in b"abc":
+        client.send(sid, bytes([letter]) * 1000)
+    received = b""
+    while part := client.data_to_send(limit):
+        client.ping(0.0) if client.has_output else None  # a control frame between any two
+        received += b"".join(e.data for e in server.receive_data(part, 0.0) if isinstance(e, DataReceived))
+        assert client.alive
+    assert received == b"a" * 1000 + b"b" * 1000 + b"c" * 1000
+
+
 # -- hostile peers ----------------------------------------------------------------------------------------------------
 
 VIOLATIONS = {
