@@ -71,9 +71,16 @@ class SshConfig:
 
     @property
     def include(self) -> bytes:
-        """The line in ~/.ssh/config."""
-        path = f"~/.ssh/{DIRECTORY}/config" if self.tilde else _quoted(self.config)
-        return f"Include {path}\n".encode()
+        """The line in ~/.ssh/config.
+
+        Raises:
+            Failure: ``config`` for a path that it cannot express.
+        """
+        if self.tilde:
+            return f"Include ~/.ssh/{DIRECTORY}/config\n".encode()
+        if any(bad in str(self.config) for bad in "%?*["):  # patterns, and from OpenSSH 9.9 on tokens: they cannot be escaped
+            raise Failure(ErrorKind.CONFIG, f"cannot use {str(self.config)!r} in an ssh configuration")
+        return f"Include {_quoted(self.config)}\n".encode()
 
     # --- what the files say --------------------------------------------------------------------------
 
@@ -127,20 +134,20 @@ class SshConfig:
         Raises:
             Failure: ``config``; a file cannot be read, written or understood. What was written before that is harmless.
         """
-        block = self.render(entry)
+        block, include = self.render(entry), self.include
         fresh = not self.ssh.exists()
         with self._files():
             main = self._read(self.main)
             text = self._read(self.config)
             self.own.mkdir(mode=0o700, exist_ok=True)
             known = self._read(self.known_hosts) or b""
-            self._write(self.known_hosts, _without_host(known, entry.host) + self.known_lines(entry), known)
+            self._write(self.known_hosts, _with_host(known, entry.host, self.known_lines(entry)), known)
             before, old, after = _find(_with_origin(text, self._origin(main, text, fresh)), entry.name, self.config)
             if not old and before and not before.endswith(b"\n"):
                 before += b"\n"
             self._write(self.config, before + block + after, text)
-            if not _includes(main or b"", self.include):
-                atomic.replace(self._target(), self.include + (main or b""))
+            if not _includes(main or b"", include):
+                atomic.replace(self._target(), include + (main or b""))
 
     def remove(self, name: str) -> bool:
         """Take out what concerns sandbox `name`; with the last one, everything. Returns whether there was anything.
@@ -154,7 +161,7 @@ class SshConfig:
             text = self._read(self.config) or b""
             before, old, after = _find(text, name, self.config)
             known = self._read(self.known_hosts) or b""
-            known_left = _without_host(known, f"sandbox-{name}")
+            known_left = _with_host(known, f"sandbox-{name}", b"")
             left = before + after
             found = bool(old) or known_left != known
             if left.strip() and _body(left).strip():
@@ -312,11 +319,17 @@ def _without_include(main: bytes, include: bytes) -> bytes:
     return main
 
 
-def _without_host(known: bytes, host: str) -> bytes:
-    """known_hosts without the lines of `host`."""
-    kept = [line for line in known.splitlines(keepends=True) if line.split(maxsplit=1)[:1] != [host.encode()]]
-    text = b"".join(kept)
-    return text + b"\n" if text and not text.endswith(b"\n") else text
+def _with_host(known: bytes, host: str, lines: bytes) -> bytes:
+    """known_hosts with `lines` in the place of those of `host`, or at its end."""
+    kept: list[bytes] = []
+    place = -1
+    for line in known.splitlines(keepends=True):
+        if line.split(maxsplit=1)[:1] != [host.encode()]:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+        elif place < 0:
+            place = len(kept)
+    kept.insert(place if place >= 0 else len(kept), lines)
+    return b"".join(kept)
 
 
 def _quoted(path: Path) -> str:

@@ -89,10 +89,8 @@ def _follow(sock: _socket.socket, level: int) -> None:
             raise failure_of(event, "the tunnel has ended")
         kind = str(event.get("event", ""))
         if EVENT_LEVELS.get(kind, 0) >= level:
-            peer, text = event.get("peer") or "", event.get("message") or ""
-            output.note(
-                " ".join(str(part) for part in (f"connection {kind}", peer and f"({peer})", text and f": {text}") if part)
-            )
+            peer, text = event.get("peer"), event.get("message")
+            output.note(f"connection {kind}" + (f" ({peer})" if peer else "") + (f": {text}" if text else ""))
 
 
 def _stdio(settings: Settings, name: str, remote_port: int) -> int:
