@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 64 * 1024  # bytes of output in one message at most
 LINGER = 1.0  # seconds of silence after which a finished command's still open pipes are given up
-LINGER_BYTES = 1024 * 1024  # bytes after its exit that can still be the command's own: the largest pipe
+LINGER_LIMIT = 3.0  # seconds after which they are given up even if somebody writes to them all the time
 START_GRACE = 30.0  # seconds in which the client that started a command attaches, however short its idle timeout
 MAX_ATTACHMENTS = 64  # clients of one command at the same time
 
@@ -216,22 +216,25 @@ class CommandSession:
         """Wait for the process, then for the end of its output, and set the outcome.
 
         A process left behind can hold the pipes open for ever. What the command itself wrote is in them when it has exited, so
-        after LINGER seconds of silence, or more bytes than a pipe holds, the rest is not its own.
+        after LINGER seconds of silence, and after LINGER_LIMIT at the latest, the rest is not its own. Time in which a slow
+        client keeps the pipes from being read does not count.
         """
         code = await asyncio.shield(self.process.exited)
         if self._timeout_timer is not None:
             self._timeout_timer.cancel()
-        ends = [pipe.ring.end + LINGER_BYTES for pipe in self._pipes()]
+        limit = self._loop.time() + LINGER_LIMIT
+        silent = False
         while not all(pipe.eof for pipe in self._pipes()):
+            if any(pipe.paused for pipe in self._pipes()):
+                limit = self._loop.time() + LINGER_LIMIT
+            elif silent or self._loop.time() > limit:
+                break
             self._activity.clear()
             try:
                 async with asyncio.timeout(LINGER):
-                    await self._activity.wait()
+                    silent = not await self._activity.wait()
             except TimeoutError:
-                if not any(pipe.paused for pipe in self._pipes()):
-                    break
-            if any(pipe.ring.end > end for pipe, end in zip(self._pipes(), ends, strict=True)):
-                break
+                silent = True
         if self._timed_out:
             message = f"Command timed out after {self.options.timeout:g} seconds"
             self._finish(Outcome(code, "CommandTimeout", message))

@@ -21,10 +21,6 @@ MAX_OUTPUT = 16 * 1024 * 1024  # bytes of each stream in one answer; /execute/ws
 router = APIRouter()
 
 
-class OutputTooLarge(Exception):
-    """A stream has more than MAX_OUTPUT bytes."""
-
-
 @router.post("/dataplane/{box_id}/execute")
 async def execute(request: Request, box_id: str, body: ExecuteBody) -> dict[str, Any]:
     """Run a command with an empty stdin; its output as text. It is killed when the client goes away."""
@@ -43,37 +39,37 @@ async def execute(request: Request, box_id: str, body: ExecuteBody) -> dict[str,
         try:
             session.close_stdin()
             output = await _collect(request, attachment)
-        except OutputTooLarge as exc:
-            message = f"the command wrote more than {MAX_OUTPUT} bytes and was killed; /execute/ws has no such limit"
-            raise ServiceError(400, "CommandError", message) from exc
         finally:
             attachment.close()
     return _answer(session, output)
 
 
-def _answer(session: CommandSession, output: dict[str, str]) -> dict[str, Any]:
+def _answer(session: CommandSession, output: dict[str, str] | None) -> dict[str, Any]:
     outcome = session.outcome
-    if outcome is None:
-        raise ServiceError(400, "CommandError", "the client went away; the command was killed")
+    if output is None or outcome is None:
+        message = f"the command wrote more than {MAX_OUTPUT} bytes and was killed; /execute/ws has no such limit"
+        raise ServiceError(400, "CommandError", message)
     if outcome.error_type:
         raise ServiceError(408, "CommandError", outcome.error)
     return {**output, "exit_code": outcome.exit_code}
 
 
-async def _collect(request: Request, attachment: Attachment) -> dict[str, str]:
-    """All output until the end of the command, or of the client."""
-    async with asyncio.timeout(None):
-        owner = TaskOwner("execute")
-        gone = owner.start(_disconnected(request), "watch client")
-        reading = owner.start(_read_all(attachment), "read output")
-        try:
-            await asyncio.wait({gone, reading}, return_when=asyncio.FIRST_COMPLETED)
-            return reading.result() if reading.done() else {"stdout": "", "stderr": ""}
-        finally:
-            await owner.aclose()
+async def _collect(request: Request, attachment: Attachment) -> dict[str, str] | None:
+    """All output until the end of the command, or of the client; None when there is too much."""
+    owner = TaskOwner("execute")
+    gone = owner.start(_disconnected(request), "watch client")
+    reading = owner.start(_read_all(attachment), "read output")
+    try:
+        await asyncio.wait({gone, reading}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            raise ServiceError(400, "CommandError", "the client went away; the command was killed")
+        output: dict[str, str] | None = reading.result()
+        return output
+    finally:
+        await owner.aclose()
 
 
-async def _read_all(attachment: Attachment) -> dict[str, str]:
+async def _read_all(attachment: Attachment) -> dict[str, str] | None:
     parts: dict[str, list[str]] = {"stdout": [], "stderr": []}
     sizes = {"stdout": 0, "stderr": 0}
     while chunks := await attachment.read():
@@ -81,7 +77,7 @@ async def _read_all(attachment: Attachment) -> dict[str, str]:
             parts[chunk.stream].append(chunk.text)
             sizes[chunk.stream] += chunk.size
             if sizes[chunk.stream] > MAX_OUTPUT:
-                raise OutputTooLarge(chunk.stream)
+                return None
     return {name: "".join(texts) for name, texts in parts.items()}
 
 

@@ -233,7 +233,7 @@ async def test_pipes_held_by_others_do_not_delay_the_exit(make_session: MakeSess
 
 
 async def test_a_background_process_that_never_stops_writing(make_session: MakeSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "LINGER_BYTES", 200_000)
+    monkeypatch.setattr(commands, "LINGER_LIMIT", 0.1)
     session, process = make_session()
     os.set_blocking(process.their_stdout, False)
     process.exit(0)
