@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import shlex
 from typing import Any
 
@@ -45,7 +46,7 @@ def exec_spec(request: Fields) -> ExecSpec:
         env=request.mapping("env"),
         cwd=request.text("cwd", ""),
         shell=request.text("shell", ""),
-        timeout=request.whole("timeout", 0, most=TIMEOUT_MAX),
+        timeout=math.ceil(request.number("timeout", 0, most=TIMEOUT_MAX)),
         pty=pty,
         cols=request.whole("cols", 0, most=65535),
         rows=request.whole("rows", 0, most=65535),
@@ -66,6 +67,10 @@ async def serve_exec(
     try:
         with CancelOnHangup(client.sock):
             await session.start(notice)
+    except BaseException:
+        await session.aclose()
+        raise  # the client is still there to be told
+    try:
         await client.send({"ok": {"pid": session.pid, "command_id": session.command_id}})
         log.info("exec %s in %s opened", session.command_id[:8], sandbox)
         ways = {tasks.start(_outward(session, client), "out"), tasks.start(_inward(client, session), "in")}

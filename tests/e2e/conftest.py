@@ -45,6 +45,7 @@ class Gateway:
         self.state = root / "state"
         self.runtime = root / "run"
         self.home.mkdir(mode=0o700)
+        (root / "config.toml").touch(mode=0o600)
         keep = {
             name: value
             for name, value in os.environ.items()
