@@ -1,4 +1,4 @@
-"""What a systemd service needs: READY and STOPPING to the manager, and the sockets it hands over; see sd_notify(3), sd_listen_fds(3)."""
+"""What a systemd service needs: READY and STOPPING to the manager, and the sockets it hands over (sd_notify, sd_listen_fds)."""
 
 from __future__ import annotations
 
