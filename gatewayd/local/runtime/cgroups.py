@@ -43,10 +43,13 @@ class Cgroups:
             if not names:
                 continue
             for controller in set(names.split(",")) & set(_V1):
-                parent = Path("/sys/fs/cgroup", controller, path.lstrip("/"), self._instance)
-                with contextlib.suppress(OSError):
-                    parent.mkdir(exist_ok=True)
-                    self._parents[controller] = parent
+                hierarchy = Path("/sys/fs/cgroup", controller)
+                # at the top, so that the next start finds what a killed service left, wherever that one ran
+                for parent in (hierarchy / self._instance, hierarchy / path.lstrip("/") / self._instance):
+                    with contextlib.suppress(OSError):
+                        parent.mkdir(exist_ok=True)
+                        self._parents[controller] = parent
+                        break
         if not self._parents:
             for _, names, path in mine:
                 if not names:
@@ -85,7 +88,7 @@ class Cgroups:
         folders = tuple(dict.fromkeys(parent / box_id for parent in self._parents.values()))
         try:
             for folder in folders:
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
             self._fill(box_id, vcpus, mem_bytes)
         except OSError:
             self.remove(box_id)

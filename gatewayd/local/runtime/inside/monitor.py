@@ -51,8 +51,12 @@ def main() -> int:
     packets.send(lifeline, {"running": True})
     reason = _wait(lifeline, tree)
     _end(plan, tree)
-    with contextlib.suppress(OSError):  # the service may be gone
+    try:
         packets.send(lifeline, {"ended": reason})
+    except OSError:  # the service was killed: the last monitor to leave removes what it made for all sandboxes
+        for folder in plan["cgroups"]:
+            with contextlib.suppress(OSError):
+                Path(folder).parent.rmdir()
     return 0
 
 
