@@ -48,10 +48,10 @@ class Outbox:
         self._data_size += HEADER_SIZE + len(payload)
 
     def take(self, limit: int) -> list[bytes | memoryview]:
-        """Remove and return all control frames, then whole data frames up to `limit` bytes in all, but at least one."""
-        parts: list[bytes | memoryview] = list(self._control)
-        self._control.clear()
-        left = limit - HEADER_SIZE * len(parts)
+        """Remove and return whole frames up to `limit` bytes: control first, then data, of each at least one."""
+        count = min(len(self._control), max(1, limit // HEADER_SIZE))
+        parts: list[bytes | memoryview] = [self._control.popleft() for _ in range(count)]
+        left = limit - HEADER_SIZE * count
         first = True  # one always goes, or a flood of control frames could hold data up for ever
         while self._data and (first or HEADER_SIZE + len(self._data[0][1]) <= left):
             frame = self._data.popleft()
