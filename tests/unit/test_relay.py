@@ -6,9 +6,11 @@ import asyncio
 import hashlib
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import pytest
+import uvloop
 
 from gatewayd.errors import StreamClosed
 from gatewayd.relay import Breakable, ByteStream, RelayResult, SocketStream, relay
@@ -281,3 +283,35 @@ async def test_relay_delivers_what_came_before_the_break(owner: TaskOwner) -> No
     assert result.a_to_b == 10
     assert await read_all(reader) == b"last words"
     await reader.aclose()
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        test_relay_bulk_both_ways_at_once,
+        test_relay_passes_a_reset_on,
+        test_relay_cancelled_aborts_both,
+        test_relay_delivers_what_came_before_the_break,
+    ],
+)
+def test_the_same_on_uvloop(scenario: Callable[[TaskOwner], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        owner = TaskOwner("uvloop")
+        await scenario(owner)
+        await owner.aclose()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+
+
+@pytest.mark.parametrize("how", ["abort", "aclose"])
+def test_sockets_wake_their_waiters_on_uvloop(how: str) -> None:
+    async def run() -> None:
+        owner = TaskOwner("uvloop")
+        near, far = (SocketStream.from_socket(sock) for sock in tcp_pair())
+        await test_closing_a_socket_wakes_its_reader_and_writer((near, far), owner, how)
+        await far.aclose()
+        await owner.aclose()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+import uvloop
 
 from gatewayd.tasks import TaskOwner
 from gatewayd.yamux.aio import Mux, SessionConfig
@@ -106,3 +107,8 @@ async def make_pair() -> AsyncIterator[MakePair]:
         yield make
     left = asyncio.all_tasks() - {asyncio.current_task()}
     assert not left, f"tasks left behind: {left}"
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
+    """Every test here that needs an event loop runs on both: the daemon uses uvloop where it can."""
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
