@@ -26,6 +26,7 @@ CONNECT_DEADLINE = 10.0  # seconds for the daemon to accept a connection
 REPLY_DEADLINE = 180.0  # seconds for an answer: a stopped sandbox may have to start first
 START_DEADLINE = 20.0  # seconds for the daemon to come up
 ALREADY_RUNS = 73  # exit code of a daemon that found another one running (EX_CANTCREAT)
+BAD_CONFIG = 78  # exit code of a daemon that cannot use its configuration (EX_CONFIG)
 USAGE = "usage: sandbox proxy [--profile PROFILE] NAME"
 
 
@@ -216,7 +217,8 @@ def _ended(pid: int, log: str, size: int) -> bool:
     code = os.waitstatus_to_exitcode(status)
     if code == ALREADY_RUNS:
         return True
-    raise Failure("unavailable", f"cannot start the daemon: it ended with status {code}{_tail(log, size)}", f"its log is {log}")
+    kind = "config" if code == BAD_CONFIG else "unavailable"
+    raise Failure(kind, f"cannot start the daemon: it ended with status {code}{_tail(log, size)}", f"its log is {log}")
 
 
 def _spawn() -> tuple[int, str, int]:

@@ -18,7 +18,6 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-
 from langsmith.sandbox import AsyncSandboxClient, SandboxClient
 
 START_DEADLINE = 30.0  # seconds; it takes half of one

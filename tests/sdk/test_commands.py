@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import httpx2
 import pytest
-
 from langsmith.sandbox import CommandTimeoutError, SandboxOperationError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def test_where_and_with_what_it_runs(sandbox: Any) -> None:
     assert result.stdout.splitlines()[:2] == [home, f"{home} {user}"]
     assert result.stdout.splitlines()[3:] == [sandbox.name, "0", "no terminal"]
     assert sandbox.run("echo $A; pwd", env={"A": "b c"}, cwd="/srv").stdout == "b c\n/srv\n"
-    assert sandbox.run("echo $0", shell="/bin/sh").stdout == "/bin/sh\n"
+    assert sandbox.run("echo $0", shell="/bin/sh").stdout == "/bin/sh\n"  # noqa: S604 - the shell inside the sandbox
 
 
 def test_signals_are_128_plus(sandbox: Any) -> None:
@@ -42,7 +42,7 @@ def test_commands_that_cannot_start(sandbox: Any) -> None:
     with pytest.raises(SandboxOperationError, match="No such file"):
         sandbox.run("true", cwd="/nowhere")
     with pytest.raises(SandboxOperationError, match="cannot run"):
-        sandbox.run("true", shell="/bin/nosuchshell")
+        sandbox.run("true", shell="/bin/nosuchshell")  # noqa: S604 - the shell inside the sandbox
     with pytest.raises(SandboxOperationError):
         sandbox.run("true", run_config={"user": "nosuchuser"})
     assert sandbox.run("true").exit_code == 0
@@ -63,13 +63,10 @@ def test_text_survives_any_cut(sandbox: Any) -> None:
 
 def test_streamed_input(sandbox: Any) -> None:
     handle = sandbox.run('while read -r line; do echo "<$line>"; done; echo end', wait=False, close_input=False)
-    seen = []
     for number in range(3):
         handle.send_input(f"line {number}\n")
     handle.close_input()
-    for chunk in handle:
-        seen.append(chunk.data)
-    assert "".join(seen) == "<line 0>\n<line 1>\n<line 2>\nend\n"
+    assert "".join(chunk.data for chunk in handle) == "<line 0>\n<line 1>\n<line 2>\nend\n"
     assert handle.result.exit_code == 0
     assert sandbox.run("cat").stdout == ""  # stdin is closed unless asked for
 
@@ -191,6 +188,12 @@ def test_a_background_process_does_not_hold_the_command(sandbox: Any) -> None:
     assert result.exit_code == 0
     assert result.stdout.startswith("done\n")
     sandbox.run("while ! [ -e survived ]; do sleep 0.05; done; kill %1; pkill -f survived; true", timeout=10)
+
+
+def test_a_client_of_plain_http_that_goes(service: Service, sandbox: Any) -> None:
+    with service.http() as http, pytest.raises(httpx2.ReadTimeout):
+        http.post(f"{sandbox.dataplane_url}/execute", json={"command": "exec sleep 7659"}, timeout=0.3)
+    assert sandbox.run("while grep -lsaq '765[9]' /proc/[0-9]*/cmdline; do sleep 0.02; done", timeout=10).exit_code == 0
 
 
 def test_plain_http(service: Service, sandbox: Any) -> None:

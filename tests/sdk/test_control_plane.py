@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
-
 from langsmith.sandbox import (
     ResourceNameConflictError,
     ResourceNotFoundError,
@@ -93,9 +92,8 @@ def test_renaming_changes_only_the_name(client: Any, name: str) -> None:
         assert made.run("echo still").stdout == "still\n"
         with pytest.raises(ResourceNotFoundError):
             client.get_sandbox(name)
-        with client.sandbox(name=name):  # the old name is free
-            with pytest.raises(ResourceNameConflictError):
-                client.update_sandbox(renamed.name, new_name=name)
+        with client.sandbox(name=name), pytest.raises(ResourceNameConflictError):  # the old name is free, and then it is not
+            client.update_sandbox(renamed.name, new_name=name)
         client.delete_sandbox(renamed.name)
 
 
@@ -252,6 +250,12 @@ def test_validation_points_at_the_value_and_does_not_repeat_it(service: Service)
         assert "seventeen" not in answer.text
         assert http.post("/v2/sandboxes/boxes", content=b"{not json").status_code == 422
     assert "s3cret" not in service.text()
+
+
+def test_it_describes_itself(service: Service) -> None:
+    with service.http() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+    assert {"/v2/sandboxes/boxes", "/api/v2/sandboxes/boxes/{name}", "/dataplane/{box_id}/execute"} <= set(paths)
 
 
 def test_no_key_no_answer(service: Service, sandbox: Any) -> None:
