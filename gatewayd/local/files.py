@@ -149,7 +149,8 @@ def _write_all(fd: int, pieces: list[bytes]) -> None:
         view = view[os.write(fd, view) :]
 
 
-@router.api_route("/dataplane/{box_id}/download", methods=["GET", "HEAD"])
+@router.get("/dataplane/{box_id}/download")
+@router.head("/dataplane/{box_id}/download")
 async def download(request: Request, box_id: str, path: PathQuery) -> Response:
     """Read a file, or a range of it."""
     boxes = boxes_of(request)

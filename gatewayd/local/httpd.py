@@ -93,6 +93,12 @@ class DataplaneProtocol(WebSocketsSansIOProtocol):
         self.taken = True
         self.tunnels.take(self, match[1])
 
+    async def send(self, message: Any) -> None:
+        """A refused upgrade completes the handshake too: without this uvicorn logs a complaint about it."""
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True
+
     def connection_lost(self, exc: Exception | None) -> None:
         """A client may send a kill and hang up while we write to it: what is still there is read before it is given up."""
         if exc is not None and self.handshake_complete and not self.disconnected:

@@ -85,6 +85,7 @@ Vcpus = Annotated[StrictInt, Field(ge=1, le=MAX_VCPUS)]
 Millicores = Annotated[StrictInt, Field(ge=50, le=MAX_VCPUS * 1000)]
 Text = Annotated[StrictStr, AfterValidator(_no_nul)]
 Path = Annotated[Text, Field(min_length=1, max_length=MAX_PATH)]
+CommandId = Annotated[StrictStr, Field(pattern=r"^[!-~]{1,128}$")]  # chosen by clients, and seen in logs
 AbsolutePath = Annotated[StrictStr, Field(max_length=MAX_PATH), AfterValidator(_absolute)]
 
 
@@ -206,7 +207,7 @@ class ExecuteBody(CommandBody):
 class ExecuteMessage(CommandBody):
     """The first message of /execute/ws when it starts a command."""
 
-    command_id: Annotated[StrictStr, Field(min_length=1, max_length=128)] | None = None
+    command_id: CommandId | None = None
     timeout_seconds: Annotated[float, Field(strict=True, ge=0, le=MAX_TTL)] = 0  # 0: none
     idle_timeout_seconds: Annotated[float, Field(strict=True, le=MAX_TTL)] = 300  # negative: never
     ttl_seconds: Annotated[float, Field(strict=True, le=MAX_TTL)] = 600  # negative: for ever
@@ -227,6 +228,6 @@ class ExecuteMessage(CommandBody):
 class ReconnectMessage(BaseModel):
     """The first message of /execute/ws when it takes up a command again."""
 
-    command_id: Annotated[StrictStr, Field(min_length=1, max_length=128)]
+    command_id: CommandId
     stdout_offset: Annotated[StrictInt, Field(ge=0)] = 0
     stderr_offset: Annotated[StrictInt, Field(ge=0)] = 0
