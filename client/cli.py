@@ -184,6 +184,7 @@ class Group(click.Group):
             report(exc)
             return api.EXIT_CODES.get(exc.kind, api.EXIT_CODES[api.ErrorKind.INTERNAL])
         except (click.Abort, KeyboardInterrupt):
+            output.after_interrupt()
             return api.EXIT_CODES[api.ErrorKind.INTERRUPTED]
         except Exception as exc:  # noqa: BLE001 - the last boundary: a defect becomes one line
             output.note(f"internal error: {type(exc).__name__}: {exc}{_where(exc)}")

@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import stat
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -228,8 +227,8 @@ def carry(sock: _socket.socket, stdin: int | None) -> int:
         with interruptible():
             return execution.run()
     except Interrupted as exc:
-        if exc.number == signal.SIGINT and output.is_terminal(sys.stderr):
-            output.message("")  # the line that ^C was typed on
+        if exc.number == signal.SIGINT:
+            output.after_interrupt()
         execution.kill()
         return 128 + exc.number
     except BrokenPipeError:

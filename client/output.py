@@ -67,6 +67,12 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
+def after_interrupt() -> None:
+    """On a terminal, end the line that ^C was typed on."""
+    if is_terminal(sys.stderr):
+        message("")
+
+
 @contextmanager
 def progress(text: str) -> Iterator[None]:
     """On a terminal, says on standard error what is being waited for, and takes it back afterwards."""

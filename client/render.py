@@ -14,6 +14,12 @@ def names(boxes: Sequence[Any]) -> list[str]:
     return [str(field(box, "name") or "") for box in boxes]
 
 
+def warn(box: Any) -> None:
+    """Say on standard error what the service wants to be known about a sandbox: a limit that it cannot enforce, say."""
+    if text := field(box, "status_message"):
+        output.note(f"{field(box, 'name')}: {text}")
+
+
 def sandbox_table(boxes: Sequence[Any]) -> str:
     """One line per sandbox."""
     if not boxes:

@@ -75,6 +75,7 @@ def create_command(
     )
     with output.progress(f"creating {name or 'a sandbox'}"):
         box = settings.control().request("POST", "/sandboxes", body, timeout=timeout + WAIT_GRACE)
+    render.warn(box)
     settings.show(box, lambda: render.sandbox_facts(box), render.names([box]))
 
 
@@ -163,4 +164,5 @@ def update_command(
     if not body:
         raise click.UsageError("nothing to change was given", ctx)
     box = settings.control().sandbox("PATCH", name, body=body)
+    render.warn(box)
     settings.show(box, lambda: render.sandbox_facts(box), render.names([box]))

@@ -14,6 +14,7 @@ from client.control import NotRunning
 from client.proxy import Failure
 from gatewayd import api
 
+ANSWER_TIMEOUT = 10.0  # seconds for the daemon to say who it is and to take the order
 DOWN_DEADLINE = 30.0  # seconds for the daemon to end: its own deadlines are shorter
 
 
@@ -36,10 +37,10 @@ def down_command(settings: Settings, keep_local: bool) -> None:
     control = settings.control(start=False)
     answer: dict[str, Any] = {"running": False, "stopped_pid": None}
     try:
-        pid = int(control.request("GET", "/status")["pid"])
+        pid = int(control.request("GET", "/status", timeout=ANSWER_TIMEOUT)["pid"])
         ended = _handle(pid)
         try:
-            control.request("POST", "/shutdown", {"keep_local": keep_local})
+            control.request("POST", "/shutdown", {"keep_local": keep_local}, timeout=ANSWER_TIMEOUT)
             if ended is not None and not select.select([ended], [], [], DOWN_DEADLINE)[0]:
                 raise Failure(
                     api.ErrorKind.TIMEOUT,

@@ -34,6 +34,7 @@ def _switch(settings: Settings, name: str, action: str, doing: str, wait: bool, 
     body = {"wait": wait, "timeout": timeout}
     with output.progress(f"{doing} {name}"):
         box = settings.control().sandbox("POST", name, f"/{action}", body=body, timeout=timeout + WAIT_GRACE)
+    render.warn(box)
     settings.show(box, lambda: render.sandbox_facts(box), [name])
 
 

@@ -59,6 +59,8 @@ def tunnel_command(settings: Settings, name: str, remote_port: int, local_port: 
             _announce(settings, name, remote_port, str(ok.get("address", LOOPBACK)), ok.get("port", wanted))
             _follow(sock, LEVELS[log_level])
     except Interrupted as exc:
+        if exc.number == signal.SIGINT:
+            output.after_interrupt()
         return 0 if listening and exc.number != signal.SIGHUP else 128 + exc.number
     finally:
         if sock is not None:

@@ -76,7 +76,7 @@ def test_create(daemon: Daemon) -> None:
     result = run("create", "demo", "--snapshot", "python:3.12", "--vcpus", "2", "--memory", "1gb", "--rootfs-capacity", "8gb",
                  "--idle-ttl", "10m", "--env", "A=1", "--env", "B=", "--label", "team=infra", "--proxy-config", '{"rules": []}',
                  "--no-wait", "--timeout", "30")  # fmt: skip
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "sandbox: demo: memory is not limited here\n")  # a limit that is none is told
     assert json.loads(result.stdout) == DEMO
     assert daemon.requests[0][2] == {
         "name": "demo",
