@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -157,7 +156,6 @@ class Group(click.Group):
         except KeyboardInterrupt:
             raise Failure(api.ErrorKind.INTERRUPTED, "") from None
         except BrokenPipeError:
-            _forget_stdout()
             raise click.exceptions.Exit(PIPE_BROKEN) from None
 
     def main(  # type: ignore[override]  # click's two overloads cannot be told apart here
@@ -260,15 +258,6 @@ def _where(exc: Exception) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return f" ({trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno})" if trace is not None else ""
-
-
-def _forget_stdout() -> None:
-    """Let nothing try to flush to the broken pipe at exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 1)
-    finally:
-        os.close(null)
 
 
 @click.group(

@@ -191,6 +191,7 @@ def _write_all(fd: int, data: bytes) -> None:
 
     Raises:
         BrokenPipeError: there is none any more.
+        Failure: it cannot be written for another reason.
     """
     view = memoryview(data)
     while view:
@@ -198,6 +199,10 @@ def _write_all(fd: int, data: bytes) -> None:
             view = view[os.write(fd, view) :]
         except BlockingIOError:  # whoever shares the descriptor has made it non-blocking
             select.select([], [fd], [])
+        except BrokenPipeError:
+            raise
+        except OSError as exc:
+            raise Failure(api.ErrorKind.FAILED, f"cannot write the output: {exc.strerror or exc}") from exc
 
 
 def _object(payload: bytes) -> dict[str, object]:

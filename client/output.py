@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from client.proxy import Failure
+from gatewayd.api import ErrorKind
+
 FORMATS = ("json", "pretty", "id")
 
 # CSI, OSC and the other string sequences, and two-byte escapes (ECMA-48), so that no half of a sequence stays behind as text.
@@ -53,10 +56,32 @@ def note(text: str) -> None:
 
 
 def write(text: str) -> None:
-    """Text on standard output, flushed, so that a broken pipe shows here and not at exit."""
-    if sys.stdout is not None:  # closed by the caller: it does not want to know
+    """Text on standard output, flushed, so that a failure shows here and not at exit.
+
+    Raises:
+        BrokenPipeError: nobody reads it.
+        Failure: it cannot be written for another reason.
+    """
+    if sys.stdout is None:  # closed by the caller, who does not want to know
+        return
+    try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except BrokenPipeError:
+        forget_stdout()
+        raise
+    except OSError as exc:
+        forget_stdout()
+        raise Failure(ErrorKind.FAILED, f"cannot write the output: {exc.strerror or exc}") from exc
+
+
+def forget_stdout() -> None:
+    """Let what is still in a buffer go nowhere, so that nothing tries to write it at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+    finally:
+        os.close(null)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

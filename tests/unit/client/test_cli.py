@@ -370,6 +370,15 @@ def test_a_broken_pipe_is_quiet(daemon: Daemon) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk(daemon: Daemon, spawn: Spawn) -> None:
+    daemon.answer("GET", "/sandboxes", {"sandboxes": [DEMO]})
+    with Path("/dev/full").open("wb") as full:
+        process = spawn("list", stdout=full)
+        _, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, err) == (1, b"sandbox: cannot write the output: No space left on device\n")
+
+
 def test_an_interrupt_while_waiting(daemon: Daemon, spawn: Spawn) -> None:
     asked, released = threading.Event(), threading.Event()
 
