@@ -35,7 +35,7 @@ __all__ = ["MessageTransport", "Mux", "MuxStream", "SessionConfig"]
 
 log = logging.getLogger(__name__)
 
-_MESSAGE_SIZE: Final = 256 * 1024  # bytes; queued frames are merged into messages of about this size
+_MESSAGE_SIZE: Final = 257 * 1024  # bytes; queued frames are merged into messages of about this size: four full ones fit
 _FLUSH_DEADLINE: Final = 2.0  # seconds for the last frames (go away) to leave
 _CLOSE_DEADLINE: Final = 5.0  # seconds for the transport's close, and again for the tasks
 _DRAIN_DEADLINE: Final = 10.0  # seconds for handlers to deliver what they had received when the peer ended the session

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Final, NamedTuple
 
 PROTOCOL_VERSION: Final = 0
@@ -28,14 +28,14 @@ class FrameType(IntEnum):
     GO_AWAY = 3  # length is a GoAwayCode
 
 
-class Flag(IntFlag):
-    """Header bytes 2–3; unknown bits are ignored, as hashicorp's library does."""
+class Flag:
+    """Bits of header bytes 2–3; unknown ones are ignored, as hashicorp's library does. Plain integers: tested per frame."""
 
-    NONE = 0
-    SYN = 1  # opens the stream, or asks for a ping answer
-    ACK = 2  # accepts the stream, or answers a ping
-    FIN = 4  # the sender will send no more data on this stream
-    RST = 8  # the stream is gone at once, in both directions
+    NONE: Final = 0
+    SYN: Final = 1  # opens the stream, or asks for a ping answer
+    ACK: Final = 2  # accepts the stream, or answers a ping
+    FIN: Final = 4  # the sender will send no more data on this stream
+    RST: Final = 8  # the stream is gone at once, in both directions
 
 
 class GoAwayCode(IntEnum):

@@ -33,11 +33,11 @@ class Outbox:
         """Bytes of DATA frames, FINs and RSTs, headers included."""
         return self._data_size
 
-    def push_control(self, frame_type: FrameType, flags: Flag, stream_id: int, length: int) -> None:
+    def push_control(self, frame_type: FrameType, flags: int, stream_id: int, length: int) -> None:
         """Queue a frame that may overtake data."""
         self._control.append(encode_header(frame_type, flags, stream_id, length))
 
-    def push_behind_data(self, flags: Flag, stream_id: int) -> None:
+    def push_behind_data(self, flags: int, stream_id: int) -> None:
         """Queue an empty frame with FIN or RST behind what was written before it."""
         self._data.append((encode_header(FrameType.WINDOW_UPDATE, flags, stream_id, 0), _EMPTY))
         self._data_size += HEADER_SIZE

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Final
 
 from gatewayd.yamux.frames import INITIAL_WINDOW, MAX_U32, ProtocolViolation
 
 
-class State(Enum):
+class State(IntEnum):
     """How far the two directions of a stream have come."""
 
     OPEN = auto()  # both directions carry data; from the SYN on, acknowledged or not
@@ -18,7 +18,7 @@ class State(Enum):
     RESET = auto()  # RST either way, or the session ended
 
 
-class Signal(Enum):
+class Signal(IntEnum):
     """What moves a stream from one state to the next."""
 
     SEND_DATA = auto()
