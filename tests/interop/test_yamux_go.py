@@ -14,7 +14,7 @@ from gatewayd.errors import MuxClosed, StreamReset
 from gatewayd.yamux.aio import MuxStream, SessionConfig
 from gatewayd.yamux.frames import INITIAL_WINDOW
 
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]  # the first test may build the peer
 
 StartPeer = Callable[..., Awaitable[Any]]
 MIB = 1 << 20
