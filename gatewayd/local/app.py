@@ -9,16 +9,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from gatewayd.api import VERSION
 from gatewayd.local import dataplane, exec_ws, files, rest_server
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import STATUS_TYPES, ServiceError, error_response, validation_response
 from gatewayd.local.guard import Guard, GuardMiddleware
+from gatewayd.local.statedir import version
 
 
 def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
     """The service as an ASGI application."""
-    app = FastAPI(title="gatewayd local", version=VERSION, docs_url=None, redoc_url=None)
+    app = FastAPI(title="gatewayd local", version=version() or "0", docs_url=None, redoc_url=None)
     app.state.boxes = boxes
     for prefix in rest_server.PREFIXES:
         app.include_router(rest_server.router, prefix=prefix)

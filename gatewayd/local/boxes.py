@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 START_DEADLINE = 60.0  # seconds a start may take
 STOP_DEADLINE = 20.0  # seconds a stop may take before it is called failed
 TUNNEL_DEADLINE = 3.0  # seconds the tunnels of a stopping sandbox get to end
+SHUTDOWN_DEADLINE = 7.0  # seconds all sandboxes get to stop when the service ends
 SHUTDOWN_GRACE = 1.0  # seconds between SIGTERM and SIGKILL inside sandboxes when the service ends
 DISK_NOTE = "fs_capacity_bytes is not enforced on this machine"
 
@@ -213,7 +214,7 @@ class Boxes:
                 stopping = self._stop(sandbox, "", SHUTDOWN_GRACE)
                 waiting.append(self._tasks.start(stopping, f"stop {sandbox.record.id}"))
         if waiting:
-            await asyncio.wait(waiting, timeout=STOP_DEADLINE)
+            await asyncio.wait(waiting, timeout=SHUTDOWN_DEADLINE)
         await self._tasks.aclose()
         await self._runtime.aclose()
         self._store.close()

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from gatewayd.local.commands import Attachment, CommandOptions, CommandSession
-from gatewayd.local.envelope import ServiceError
+from gatewayd.local.envelope import ServiceError, unsupported
 from gatewayd.local.execution import spawn, spawn_failure
 from gatewayd.local.models import ExecuteBody
 from gatewayd.local.registry import TooManyCommands
@@ -42,6 +42,14 @@ async def execute(request: Request, box_id: str, body: ExecuteBody) -> dict[str,
         finally:
             attachment.close()
     return _answer(session, output)
+
+
+@router.post("/dataplane/{_box_id}/glob")
+@router.post("/dataplane/{_box_id}/grep")
+@router.post("/dataplane/{_box_id}/execute/stream/{_step}")
+async def not_here() -> None:
+    """What later clients of the protocol may ask for; a plain 404 would read as a missing file."""
+    raise unsupported("this service has no such operation; run a command through /execute or /execute/ws")
 
 
 def _answer(session: CommandSession, output: dict[str, str] | None) -> dict[str, Any]:

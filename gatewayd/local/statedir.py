@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import os
 import secrets
 from pathlib import Path
 from typing import Any
 
-from gatewayd.api import VERSION
 from gatewayd.local.runtime.base import STATE_MODE
 
 KEY_FILE = "api-key"
@@ -17,6 +17,14 @@ LOCK_FILE = "lock"
 ENDPOINT_FILE = "endpoint.json"
 DATABASE_FILE = "state.db"
 SECRET_MODE = 0o600
+
+
+def version() -> str:
+    """The installed version; "" for a tree that is not installed."""
+    try:
+        return importlib.metadata.version("gatewayd")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 class StateDirError(Exception):
@@ -83,7 +91,7 @@ class StateDir:
 
     def publish(self, endpoint: str) -> None:
         """Say where the service listens. Raises OSError."""
-        content = {"endpoint": endpoint, "pid": os.getpid(), "version": VERSION}
+        content = {"endpoint": endpoint, "pid": os.getpid(), "version": version()}
         self._write(self.path / ENDPOINT_FILE, json.dumps(content) + "\n")
 
     def published(self) -> dict[str, Any]:
