@@ -9,7 +9,6 @@ import click
 from client import execute, output
 from client.cli import Command, Settings, pass_settings
 from client.params import Name, Pair, Timeout
-from client.proxy import Failure
 from gatewayd import api
 
 
@@ -51,13 +50,7 @@ def exec_command(
     reads = execute.has_input()
     fields: dict[str, Any] = {"argv": list(argv), "env": dict(env), "timeout": timeout, "pty": False, "close_stdin": not reads}
     fields.update({key: value for key, value in (("cwd", cwd), ("shell", shell)) if value is not None})
-    control = settings.control()
-    try:
-        sock, _ = control.connect(api.OP_EXEC, name, fields, output.note)
-    except Failure as exc:
-        if exc.kind == api.ErrorKind.NOT_FOUND and not exc.hint:
-            exc.hint = "`sandbox list` shows the sandboxes there are"
-        raise
+    sock, _ = settings.control().connect(api.OP_EXEC, name, fields, output.note)
     try:
         return execute.carry(sock, 0 if reads else None)
     finally:
