@@ -236,6 +236,11 @@ class Mux:
             self._answered.set()
             self._after()
 
+    def abandoned(self, stream_id: int) -> None:
+        """The application reads the stream no more."""
+        if not self.closed:
+            self._session.abandon(stream_id, self._now())
+
     def consumed(self, stream_id: int, size: int) -> None:
         """The application took `size` bytes."""
         if not self.closed:

@@ -112,6 +112,7 @@ class MuxStream:
         self._reading = False
         if self._error is None:
             self._finish_writing()
+            self._mux.abandoned(self.id)
         if unread := self._discard():
             self._drop(unread)
         self._readable.set()

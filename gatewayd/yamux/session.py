@@ -164,6 +164,13 @@ class Session:
         self._outbox.push_behind_data(Flag.FIN, stream_id)
         self._half_close(stream, now)
 
+    def abandon(self, stream_id: int, now: float) -> None:
+        """The application reads this stream no more: the peer has `stream_close_timeout` to close its direction, too."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            stream.abandoned = True
+            stream.last_activity = now
+
     def reset(self, stream_id: int) -> None:
         """Drop a stream in both directions; nothing happens when it is gone already."""
         stream = self._streams.get(stream_id)
@@ -402,13 +409,13 @@ class Session:
     def _sweep(self, now: float, events: list[Event]) -> None:
         """Reset half-closed streams on which the peer has been due to do something for `stream_close_timeout`.
 
-        It is due when we closed and have taken all it sent, or when it closed and lets us send nothing more. In every other
-        case the wait is ours or the application's: such a stream may be idle for as long as it likes.
+        It is due when we closed and read no more, or when it closed and lets us send nothing more. In every other case
+        somebody still waits for bytes, a reply that takes an hour perhaps: such a stream may be idle for as long as it likes.
         """
         timeout = self.config.stream_close_timeout
         next_sweep = now + timeout
         for stream in list(self._half_closed.values()):
-            peer_due = not stream.buffered if stream.state is State.LOCAL_CLOSED else not stream.send_window
+            peer_due = stream.abandoned if stream.state is State.LOCAL_CLOSED else not stream.send_window
             if not peer_due:
                 stream.last_activity = now
             elif stream.last_activity + timeout <= now:

@@ -61,13 +61,25 @@ _CREDIT_STEPS: Final = 8  # a window is refilled when an eighth of it has been c
 class Stream:
     """State and windows of one stream; no payload is kept here."""
 
-    __slots__ = ("acked", "buffered", "id", "last_activity", "local_origin", "recv_window", "send_window", "state", "window")
+    __slots__ = (
+        "abandoned",
+        "acked",
+        "buffered",
+        "id",
+        "last_activity",
+        "local_origin",
+        "recv_window",
+        "send_window",
+        "state",
+        "window",
+    )
 
     def __init__(self, stream_id: int, *, local_origin: bool, window: int, now: float) -> None:
         self.id = stream_id  # odd: opened by the client; even: by the server
         self.local_origin = local_origin  # True: we sent the SYN
         self.state = State.OPEN  # moves by `advance` only
         self.acked = False  # the SYN is acknowledged: by the peer when it is ours, by accept() when it is theirs
+        self.abandoned = False  # the application reads no more: the peer's FIN is all that is waited for
         self.send_window = INITIAL_WINDOW  # bytes we may send now; grows by the peer's window updates
         self.recv_window = INITIAL_WINDOW  # bytes the peer may send now; grows by ours
         self.buffered = 0  # bytes received, or announced by a header, that the application has not consumed
