@@ -60,7 +60,8 @@ def test_a_server_that_ends_first_still_gets_what_is_sent(gateway: Gateway, box:
         assert sock.recv(10) == b""
         sock.sendall(b"sent after the server's end of file")
         sock.shutdown(socket.SHUT_WR)
-        wait_until(lambda: gateway.sh(box, "cat /root/after 2>/dev/null || true").startswith("sent after"), "the late bytes arrive")
+        read = "cat /root/after 2>/dev/null || true"
+        wait_until(lambda: gateway.sh(box, read).startswith("sent after"), "the late bytes arrive")
 
 
 def test_two_sandboxes_listen_on_the_same_port(gateway: Gateway, box: str) -> None:
