@@ -32,10 +32,11 @@ def connection_failure(exc: BaseException, *, action: str, url: str, profile: Pr
     chain = _chain(exc)
     kind = ErrorKind.UNAVAILABLE
     if untrusted := _first(chain, ssl.SSLCertVerificationError):
-        cause = f"{where} shows a certificate that cannot be verified: {printable(untrusted.verify_message, 200)}"
+        reason = getattr(untrusted, "verify_message", "") or untrusted
+        cause = f"{where} shows a certificate that cannot be verified: {printable(reason, 200)}"
         hint = "name your company's CA in the profile's ca_file"
     elif tls := _first(chain, ssl.SSLError):
-        cause = f"{where} does not speak TLS as expected: {printable(tls.reason or tls, 200)}"
+        cause = f"{where} does not speak TLS as expected: {printable(getattr(tls, 'reason', '') or tls, 200)}"
         hint = "check the endpoint's scheme and port"
     elif _first(chain, socket.gaierror):
         cause = f"unknown host {urlsplit(url).hostname}"
@@ -45,6 +46,8 @@ def connection_failure(exc: BaseException, *, action: str, url: str, profile: Pr
     elif _first(chain, TimeoutError):
         cause = f"{where} does not answer in time"
         kind = ErrorKind.TIMEOUT
+    elif _first(chain, ConnectionError) or _first(chain, EOFError):
+        cause = f"{where} closed the connection"
     elif failed := _first(chain, OSError):
         cause = f"{where}: {printable(failed.strerror or failed, 200) or type(failed).__name__}"
     else:

@@ -28,7 +28,7 @@ from gatewayd.config import Profile, Proxies, tls_context
 from gatewayd.errors import DialRefused, GatewayError, MuxClosed, printable
 from gatewayd.sandbox.failures import connection_failure, refusal
 from gatewayd.tasks import TaskOwner
-from gatewayd.yamux.aio import Mux, MuxStream
+from gatewayd.yamux.aio import Mux, MuxStream, SessionConfig
 
 log = logging.getLogger(__name__)
 
@@ -154,10 +154,10 @@ class Link:
         self._tasks = TaskOwner(f"link {sandbox}")
 
     @classmethod
-    async def open(cls, target: Target) -> Link:
+    async def open(cls, target: Target, config: SessionConfig | None = None) -> Link:
         """Dial. Raises GatewayError; nothing is left open then."""
         websocket = await open_websocket(target)
-        link = cls(Mux(WebSocketTransport(websocket), client=True, name=target.sandbox), target.sandbox)
+        link = cls(Mux(WebSocketTransport(websocket), client=True, name=target.sandbox, config=config), target.sandbox)
         link._tasks.start(link._mux.run(), "mux")
         return link
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -85,6 +86,7 @@ class FakeService:
         self.boxes: dict[str, dict[str, Any]] = {}
         self.seen: list[Seen] = []
         self.answers: deque[Answer] = deque()  # for the next REST requests
+        self.rest_connections: set[str] = set()  # the client's ends
         self.execute: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {"stdout": "", "stderr": "", "exit_code": 0}
         self.upgrades: list[WsRequest] = []  # every WebSocket handshake that was begun
         self.rejections: deque[tuple[int, bytes]] = deque()  # for the next handshakes
@@ -99,6 +101,7 @@ class FakeService:
         self.on_exec: Callable[[ServerConnection, dict[str, Any]], Coroutine[Any, Any, None]] | None = None
         self.endpoint = ""
         self.ws_origin = ""  # of the data plane
+        self._stopping = asyncio.Event()
         self._rest: asyncio.AbstractServer | None = None
         self._ws: Server | None = None
         self._state = ServerState()
@@ -137,6 +140,7 @@ class FakeService:
             self._ws = None
 
     async def aclose(self) -> None:
+        self._stopping.set()
         for mux in self.muxes:
             await mux.aclose()
         if self._ws is not None:
@@ -170,8 +174,10 @@ class FakeService:
     async def _serve_rest(self, request: Request) -> Response:
         raw = await request.body()
         body = json.loads(raw) if raw else None
-        path = request.url.path
+        path = request.scope["raw_path"].decode()
         self.seen.append(Seen(request.method, path, request.url.query, dict(request.headers), body))
+        if request.client is not None:
+            self.rest_connections.add(str(request.client.port))
         if self.answers:
             answer = self.answers.popleft()
             if answer.delay:
@@ -182,7 +188,7 @@ class FakeService:
             return error(401, "Unauthorized", "invalid API key")
         if path.endswith("/execute"):
             return reply(self.execute(body or {}))
-        parts = path.removeprefix("/v2/sandboxes/boxes").strip("/").split("/")
+        parts = [unquote(part) for part in path.removeprefix("/v2/sandboxes/boxes").strip("/").split("/")]
         return self._boxes(request, parts, body)
 
     def _boxes(self, request: Request, parts: list[str], body: Any) -> Response:
@@ -241,7 +247,7 @@ class FakeService:
         port = int.from_bytes(header[1:], "big")
         self.dialled.append(port)
         if port in self.silent_ports:
-            await asyncio.sleep(3600)
+            await self._stopping.wait()
         handler = self.ports.get(port)
         status = self.statuses.get(port, 0 if handler is not None else 2)
         await stream.write(bytes((status,)))
@@ -272,3 +278,12 @@ async def upper_at_eof(stream: MuxStream) -> None:
         content += data
     await stream.write(content.upper())
     await stream.write_eof()
+
+
+async def until(true: Callable[[], object], what: str, deadline: float = 10.0) -> None:
+    """Poll something that sends no event; fails when it is not true in time."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + deadline
+    while not true():
+        assert loop.time() < end, f"not within {deadline:.0f} s: {what}"
+        await asyncio.sleep(0.005)
