@@ -92,6 +92,35 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
+def confirm(question: str) -> bool:
+    """Ask on the terminal; only an answer that begins with y is a yes.
+
+    `input` and what builds on it lose a ^C that arrives just before they read; the wake-up descriptor does not.
+
+    Raises:
+        KeyboardInterrupt: ^C was typed instead.
+    """
+    import select
+    import signal
+
+    sys.stderr.write(f"{clean(question)} [y/N] ")
+    sys.stderr.flush()
+    wake, woken = os.pipe()
+    os.set_blocking(woken, False)
+    before = signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    try:
+        while 0 not in select.select([0, wake], [], [])[0]:
+            os.read(wake, 64)  # a signal; those that end us have raised by now
+        answer = os.read(0, 1024)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(wake)
+        os.close(woken)
+    if not answer:
+        message("")  # ^D ends no line
+    return answer.strip().lower().startswith(b"y")
+
+
 def after_interrupt() -> None:
     """On a terminal, end the line that ^C was typed on."""
     if is_terminal(sys.stderr):

@@ -67,7 +67,7 @@ def delete_command(settings: Settings, names: tuple[str, ...], yes: bool) -> int
     names = tuple(dict.fromkeys(names))
     if not yes and output.is_terminal(sys.stdin) and output.is_terminal(sys.stderr):
         what = names[0] if len(names) == 1 else f"{len(names)} sandboxes ({', '.join(names)})"
-        if not click.confirm(f"Delete {what} with all files?", err=True):
+        if not output.confirm(f"Delete {what} with all files?"):
             raise Failure(api.ErrorKind.FAILED, "nothing was deleted")
     control = settings.control()
     deleted: list[str] = []

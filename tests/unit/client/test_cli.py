@@ -229,7 +229,8 @@ def test_delete_goes_on_after_a_failure(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "code", "deleted"), [(b"y\n", 0, True), (b"n\n", 1, False), (b"\n", 1, False), (b"\x03", 130, False)]
+    ("typed", "code", "deleted"),
+    [(b"y\n", 0, True), (b"n\n", 1, False), (b"\n", 1, False), (b"\x04", 1, False), (b"\x03", 130, False)],
 )
 def test_delete_asks_on_a_terminal(daemon: Daemon, spawn: Spawn, typed: bytes, code: int, deleted: bool) -> None:
     daemon.answer("DELETE", "/sandboxes/a", None, 204)
