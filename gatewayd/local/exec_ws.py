@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_DEADLINE = 10.0  # seconds for the client to say what it wants
 LAST_MESSAGES_DEADLINE = 1.0  # seconds to read what a client sent before it went: a kill, for instance
+GONE = "gone"  # key of the scope's state: an event, set when the connection is gone even if messages are left to receive
 MAX_SIDE = 10000  # columns or rows of a terminal
 
 router = APIRouter()
@@ -147,10 +148,11 @@ async def _attached(ws: WebSocket, session: CommandSession, attachment: Attachme
     owner = TaskOwner(f"exec {session.command_id}")
     sending = owner.start(_send_output(ws, session, attachment), "send")
     receiving = owner.start(_receive_input(ws, session), "receive")
+    gone = owner.start(ws.scope["state"][GONE].wait(), "watch")
     try:
-        await asyncio.wait({sending, receiving}, return_when=asyncio.FIRST_COMPLETED)
-        if sending.done() and not sending.result():
-            # the connection broke under a send; what the client sent before may still be waiting to be read
+        await asyncio.wait({sending, receiving, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() or (sending.done() and not sending.result()):
+            # what the client sent before it went may still be there to be read, unless the command does not take its input
             await asyncio.wait({receiving}, timeout=LAST_MESSAGES_DEADLINE)
     finally:
         await owner.aclose()

@@ -100,18 +100,14 @@ class GuardMiddleware:
 
 def limited(receive: Receive, headers: Iterable[tuple[bytes, bytes]]) -> Receive:
     """`receive`, ending with 413 when the body is larger than MAX_BODY."""
-    total = 0
-    for name, value in headers:
-        if name == b"content-length" and value.isdigit():
-            total = int(value) if int(value) > MAX_BODY else 0
+    declared = max((int(value) for name, value in headers if name == b"content-length" and value.isdigit()), default=0)
+    received = 0
 
     async def receiving() -> Message:
-        nonlocal total
-        if total > MAX_BODY:
-            raise HTTPException(413, f"a request body has at most {MAX_BODY} bytes")
-        message = await receive()
-        total += len(message.get("body", b""))
-        if total > MAX_BODY:
+        nonlocal received
+        message = await receive() if declared <= MAX_BODY else {}
+        received += len(message.get("body", b""))
+        if max(declared, received) > MAX_BODY:
             raise HTTPException(413, f"a request body has at most {MAX_BODY} bytes")
         return message
 

@@ -17,6 +17,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import ServiceError
+from gatewayd.local.exec_ws import GONE
 from gatewayd.local.guard import Guard
 from gatewayd.local.tunnel import MAX_TUNNELS, Tunnel
 from gatewayd.local.tunnel_ws import TunnelSocket
@@ -25,7 +26,7 @@ from gatewayd.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 GOING_AWAY = 1001  # RFC 6455 section 7.4.1; the protocol's "the server is reloading"
-PING_INTERVAL = 10.0  # seconds between pings on /execute/ws; a client that has gone is noticed by the second
+PING_INTERVAL = 5.0  # seconds between pings on /execute/ws; a client that has gone is noticed by the second
 GRACEFUL = 3  # seconds for running requests when the service ends
 MAX_SALVAGE = 1024 * 1024  # bytes read from a connection that broke while we wrote
 _TUNNEL_PATH = re.compile(r"/dataplane/([^/]+)/tunnel")
@@ -81,13 +82,20 @@ class DataplaneProtocol(WebSocketsSansIOProtocol):
     """A WebSocket: /tunnel is handed to `tunnels`, all others go to the application."""
 
     tunnels: Tunnels  # set on the subclass made for a server
+    gone: asyncio.Event  # the connection is gone, whether or not its messages have been received
     taken = False  # it is a tunnel now, and none of this class's business any more
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gone = asyncio.Event()
 
     def handle_connect(self, event: Any) -> None:
         """Look at the path before the upgrade is answered."""
         match = _TUNNEL_PATH.fullmatch(unquote(event.path.partition("?")[0]))
         if match is None:
             super().handle_connect(event)
+            if self.handshake_initiated and not self.close_sent:
+                self.scope["state"][GONE] = self.gone
             return
         self.request = event
         self.taken = True
@@ -106,6 +114,7 @@ class DataplaneProtocol(WebSocketsSansIOProtocol):
             self._salvage()
         self.read_paused = False  # nor its reception resume it
         super().connection_lost(exc)
+        self.gone.set()
 
     def _salvage(self) -> None:
         total = 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
 from langsmith.sandbox import CommandTimeoutError, SandboxOperationError
+from websockets.sync.client import connect
 
 if TYPE_CHECKING:
     from tests.sdk.conftest import Service
@@ -163,6 +167,18 @@ def test_kill_on_disconnect(sandbox: Any) -> None:
     handle = sandbox.run("exec sleep 7656", wait=False, kill_on_disconnect=True)
     handle._control._ws.close()
     assert sandbox.reconnect(handle.command_id).result.exit_code == 137
+
+
+def test_a_client_that_goes_while_its_input_waits(service: Service, sandbox: Any) -> None:
+    url = sandbox.dataplane_url.replace("http", "ws", 1) + "/execute/ws"
+    with connect(url, additional_headers={"X-Api-Key": service.key}, ping_interval=None) as ws:
+        ws.send(json.dumps({"type": "execute", "command": "exec sleep 7660", "kill_on_disconnect": True}))
+        assert json.loads(ws.recv(timeout=10))["type"] == "started"
+        for _ in range(3):  # 3 MiB that nobody reads: the service stops reading, and cannot see the end of the connection
+            ws.send(json.dumps({"type": "input", "data": "x" * (1 << 20)}))
+        ws.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        ws.socket.close()
+    assert sandbox.run("while grep -lsaq '766[0]' /proc/[0-9]*/cmdline; do sleep 0.02; done", timeout=20).exit_code == 0
 
 
 def test_a_terminal(sandbox: Any) -> None:
