@@ -166,6 +166,7 @@ def test_a_command_outlives_its_client(sandbox: Any) -> None:
 def test_kill_on_disconnect(sandbox: Any) -> None:
     handle = sandbox.run("exec sleep 7656", wait=False, kill_on_disconnect=True)
     handle._control._ws.close()
+    assert sandbox.run("while grep -lsaq '765[6]' /proc/[0-9]*/cmdline; do sleep 0.02; done", timeout=10).exit_code == 0
     assert sandbox.reconnect(handle.command_id).result.exit_code == 137
 
 
