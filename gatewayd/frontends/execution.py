@@ -64,23 +64,18 @@ async def serve_exec(
     """
     session = ExecSession(account, directory, sandbox, exec_spec(request))
     tasks = TaskOwner(f"exec {sandbox}")
-    try:
+    async with contextlib.AsyncExitStack() as stack:  # all of it is closed, even if one of the steps is cancelled
+        stack.push_async_callback(session.aclose)
         with CancelOnHangup(client.sock):
             await session.start(notice)
-    except BaseException:
-        await session.aclose()
-        raise  # the client is still there to be told
-    try:
+        stack.callback(client.close)  # before the session: its close may have to wait for the service
+        stack.push_async_callback(tasks.aclose)
         await client.send({"ok": {"pid": session.pid, "command_id": session.command_id}})
         log.info("exec %s in %s opened", session.command_id[:8], sandbox)
         ways = {tasks.start(_outward(session, client), "out"), tasks.start(_inward(client, session), "in")}
         done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         how = "; ".join(sorted(task.result() for task in done))
         log.info("exec %s in %s closed: %s", session.command_id[:8], sandbox, how)
-    finally:
-        await tasks.aclose()
-        client.close()  # before the session: its close may have to wait for the service
-        await session.aclose()
 
 
 async def _outward(session: ExecSession, client: Client) -> str:

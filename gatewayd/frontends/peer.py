@@ -106,13 +106,17 @@ class Client:
 
     def post(self, message: Mapping[str, Any]) -> None:
         """Send a line without waiting; a client that does not read loses lines, never parts of one."""
+        self._flush()
         if len(self._unsent) < BACKLOG_MAX:
             self._unsent += encode_line(message)
+            self._flush()
+
+    def _flush(self) -> None:
         try:
-            sent = self.sock.send(self._unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            while self._unsent:
+                self._unsent = self._unsent[self.sock.send(self._unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
         except OSError:  # full, or gone: whoever reads from it will notice
-            return
-        self._unsent = self._unsent[sent:]
+            pass
 
     async def send(self, message: Mapping[str, Any]) -> None:
         """Send a line and all before it. Raises OSError."""

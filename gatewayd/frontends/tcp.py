@@ -97,8 +97,10 @@ class Forward:
 
     async def aclose(self) -> None:
         """Stop listening, end the connections; idempotent."""
-        await self._tasks.aclose()
-        self._listener.close()
+        try:
+            await self._tasks.aclose()
+        finally:
+            self._listener.close()
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()

@@ -341,21 +341,18 @@ class ExecSession:
     async def aclose(self) -> None:
         """Kill the command if it still runs, close the connection; idempotent."""
         websocket, self._websocket = self._websocket, None
-        if websocket is not None:
-            if not self._over:
-                try:
-                    async with asyncio.timeout(2.0):
-                        await websocket.send(json.dumps({"type": "kill"}))
-                except (ConnectionClosed, TimeoutError):
-                    log.info(
-                        "exec %s in %s: cannot be killed now, the service ends it in %d s",
-                        self.command_id[:8],
-                        self._sandbox,
-                        IDLE_TIMEOUT,
-                    )
-            await websocket.close()
+        running = not self._over
         self._finish()
-        await self._tasks.aclose()
+        try:
+            if websocket is not None and running:
+                async with asyncio.timeout(2.0):
+                    await websocket.send(json.dumps({"type": "kill"}))
+        except (ConnectionClosed, TimeoutError):
+            log.info("exec %s in %s: the service ends it within %d s", self.command_id[:8], self._sandbox, IDLE_TIMEOUT)
+        finally:
+            if websocket is not None:
+                await websocket.close()
+            await self._tasks.aclose()
 
 
 class InputDecoder:

@@ -211,8 +211,10 @@ class Link:
 
     async def aclose(self) -> None:
         """End the session in order, with deadlines; idempotent."""
-        await self._mux.aclose()
-        await self._tasks.aclose()
+        try:
+            await self._mux.aclose()
+        finally:
+            await self._tasks.aclose()
 
 
 def _dial_failure(status: int, what: str, port: int) -> GatewayError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -168,6 +169,28 @@ class FakeService:
     def account(self) -> Account:
         profile = self.profile()
         return Account(profile, FixedAccess(profile), Proxies())
+
+    @contextlib.asynccontextmanager
+    async def front(self) -> AsyncIterator[str]:
+        """The origin of a data plane that takes both: GET goes to the WebSockets, everything else to REST."""
+
+        async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(65536):
+                    writer.write(data)
+                    await writer.drain()
+            writer.close()
+
+        async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            first = await reader.readexactly(4)
+            origin = self.ws_origin if first == b"GET " else self.endpoint
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", int(origin.rpartition(":")[2]))
+            far_writer.write(first)
+            await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+
+        server = await asyncio.start_server(serve_one, "127.0.0.1", 0)
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        server.close()
 
     # --- REST ---------------------------------------------------------------------------------------------------------
 
