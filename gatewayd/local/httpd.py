@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 GOING_AWAY = 1001  # RFC 6455 section 7.4.1; the protocol's "the server is reloading"
 PING_INTERVAL = 5.0  # seconds between pings on /execute/ws; a client that has gone is noticed by the second
-GRACEFUL = 3  # seconds for running requests when the service ends
+GRACEFUL = 2  # seconds for clients to take their last answers when the service ends, and again for requests to end
 MAX_SALVAGE = 1024 * 1024  # bytes read from a connection that broke while we wrote
 _TUNNEL_PATH = re.compile(r"/dataplane/([^/]+)/tunnel")
 
@@ -161,14 +161,23 @@ class Server(uvicorn.Server):
         await self._stop.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, tell WebSockets, end the sandboxes (and with them running requests), then what uvicorn does."""
+        """Stop accepting, tell connections, end the sandboxes (and with them running requests), then what uvicorn does."""
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):
-            if isinstance(connection, DataplaneProtocol):
-                connection.shutdown()
+            connection.shutdown()
         await self._on_stop()
+        await self._drain()
         await super().shutdown(sockets)
+
+    async def _drain(self) -> None:
+        """Give clients a moment to take what was sent to them, and hang up on those who do not."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + GRACEFUL
+        while self.server_state.connections and loop.time() < deadline:  # noqa: ASYNC110 - a set that uvicorn keeps
+            await asyncio.sleep(0.02)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def make_server(app: Any, tunnels: Tunnels, on_stop: Callable[[], Awaitable[None]]) -> Server:

@@ -168,7 +168,10 @@ def test_a_client_that_does_not_read_does_not_hold_it_up(own_service: Start) -> 
         made = client.create_sandbox()
         handles = [made.run("exec yes", wait=False) for _ in range(3)]
         wait_until(lambda: all(handle._control._ws.recv_messages.paused for handle in handles), "output piles up")
-        service.stop()
+        made.write("large", bytes(20 << 20))
+        with service.http() as http, http.stream("GET", f"{made.dataplane_url}/download", params={"path": "large"}) as answer:
+            assert answer.status_code == 200
+            service.stop()
 
 
 def test_a_second_signal_ends_at_once(own_service: Start) -> None:
