@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from gatewayd.sandbox.accounts import Account
-from tests.unit.fakeservice import FakeService
+from gatewayd.config import Settings
+from gatewayd.frontends.tcp import Forwards
+from gatewayd.sandbox import pool as pool_module
+from gatewayd.sandbox.accounts import Account, Accounts
+from gatewayd.sandbox.boxes import Directory
+from gatewayd.sandbox.embedded import Embedded
+from gatewayd.sandbox.pool import Pool
+from tests.unit.fakeservice import KEY, FakeService, echo, upper_at_eof
+from tests.unit.parts import Parts
 
 
 @pytest.fixture
@@ -29,3 +37,22 @@ async def account(service: FakeService) -> AsyncIterator[Account]:
     account = service.account()
     yield account
     await account.rest.aclose()
+
+
+@pytest.fixture
+async def parts(service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Parts]:
+    """Its default profile is the scripted service, which has a sandbox `x` with an echo on port 7 and a late answer on port 8."""
+    monkeypatch.setattr(pool_module, "BACKOFF_BASE", 0.001)
+    service.add_box("x")
+    service.ports |= {7: echo, 8: upper_at_eof}
+    environ = {"HOME": str(tmp_path), "LANGSMITH_API_KEY": KEY, "LANGSMITH_ENDPOINT": service.endpoint}
+    settings = Settings(environ)
+    embedded = Embedded(tmp_path / "state", environ)
+    directory = Directory()
+    pool = Pool(directory)
+    parts = Parts(settings, Accounts(settings, embedded), directory, pool, Forwards(pool), embedded)
+    yield parts
+    await parts.forwards.aclose()
+    await pool.aclose()
+    await embedded.aclose()
+    await parts.accounts.aclose()

@@ -11,7 +11,8 @@ from websockets.asyncio.server import ServerConnection
 from gatewayd import api
 from gatewayd.api import Frame
 from tests.unit.fakeservice import FakeService, until
-from tests.unit.frontends.conftest import Caller, Parts
+from tests.unit.frontends.caller import Caller
+from tests.unit.parts import Parts
 
 
 class Shell:

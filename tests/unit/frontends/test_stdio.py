@@ -12,7 +12,8 @@ from gatewayd import api
 from gatewayd.frontends import stdio
 from gatewayd.yamux.aio import MuxStream
 from tests.unit.fakeservice import KEY, FakeService, echo, until
-from tests.unit.frontends.conftest import Caller, Parts
+from tests.unit.frontends.caller import Caller
+from tests.unit.parts import Parts
 
 
 async def test_connect_becomes_the_stream(caller: Caller) -> None:
