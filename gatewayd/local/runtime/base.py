@@ -31,6 +31,7 @@ class BoxSpec:
     hostname: str  # the sandbox's name, a DNS label
     vcpus: float | None = None  # CPUs' worth of time; None: no limit
     mem_bytes: int | None = None  # memory limit; None: no limit
+    fs_capacity_bytes: int | None = None  # size of the writable disk; None: no limit. Grows at a start, never shrinks
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,16 @@ class SpawnSpec:
     pty: bool = False  # a controlling terminal instead of three pipes
     cols: int = 80
     rows: int = 24
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a runtime needs of this machine, and whether it is there."""
+
+    what: str  # short name: "user namespaces"
+    ok: bool  # False: sandboxes do not start, or one of their limits is not enforced; `detail` says which
+    detail: str  # what was found
+    remedy: str = ""  # what to do about it, when not ok: one line, a command if there is one
 
 
 class Process(Protocol):
@@ -104,6 +115,9 @@ class Runtime(Protocol):
     """Makes boxes on this machine."""
 
     name: str  # "native", …
+
+    async def check(self) -> list[Finding]:
+        """What this machine offers and what it lacks, for people to read. Changes nothing, never raises."""
 
     async def recover(self) -> None:
         """Remove what a killed service left behind (processes, cgroups, half-deleted disks). Call once, before anything else."""

@@ -17,19 +17,22 @@ import contextlib
 import hashlib
 import logging
 import os
-import shutil
 import signal
 from pathlib import Path
 
-from gatewayd.local.runtime import cgroups, idmap, rootfs
-from gatewayd.local.runtime.base import BoxSpec, RuntimeFailure, box_dir
+from gatewayd.local.runtime import cgroups, checks, idmap, rootfs
+from gatewayd.local.runtime.base import BoxSpec, Finding, RuntimeFailure, box_dir
+from gatewayd.local.runtime.checks import find_bubblewrap
+from gatewayd.local.runtime.inside import seccomp
 from gatewayd.local.runtime.nativebox import NativeBox
 from gatewayd.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
 _END_DEADLINE = 12.0  # seconds for killed processes to be gone
+_MASKED = ("/proc/keys", "/proc/cmdline")  # name this machine's keyrings; how it was started
 _BASE_MARKER = "base"  # file in a box's folder
+_NOTE_NO_FILTER = "system calls are not filtered: there is no filter for this architecture"
 _NOTE_SINGLE_ID = "only root exists inside: /etc/subuid gives this user no ids (install uidmap and add a range)"
 
 
@@ -43,14 +46,21 @@ class NativeRuntime:
         self._ids = idmap.current()
         instance = hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
         self._cgroups = cgroups.Cgroups(instance)
+        self._call_filter = seccomp.program() or b""  # for everything inside; empty on a machine without a table
         self._tasks = TaskOwner("native")  # one watcher for each running box
         self._ends: set[asyncio.Future[str]] = set()  # `ended` of each running box
 
     def _note(self, limits: cgroups.Limits) -> str:
         notes = [limits.note] if limits.note else []
+        if not self._call_filter:
+            notes.append(_NOTE_NO_FILTER)
         if self._ids.method == "single":
             notes.append(_NOTE_SINGLE_ID)
         return "; ".join(notes)
+
+    async def check(self) -> list[Finding]:
+        """What this machine offers and what it lacks, for people to read. Changes nothing, never raises."""
+        return await checks.examine(self._state_dir, self._ids, self._cgroups.controllers)
 
     async def recover(self) -> None:
         """Remove what a killed service left behind (processes, cgroups, half-deleted disks). Call once, before anything else."""
@@ -69,7 +79,7 @@ class NativeRuntime:
 
     async def start(self, spec: BoxSpec) -> NativeBox:
         """Start a sandbox, on its existing disk or a fresh one. Raises RuntimeFailure; nothing is left behind then."""
-        bwrap = shutil.which("bwrap", path=os.defpath + ":/usr/local/bin")
+        bwrap = find_bubblewrap()
         if bwrap is None:
             raise RuntimeFailure("cannot start the sandbox: bubblewrap is not installed (apt-get install bubblewrap)")
         try:
@@ -83,8 +93,10 @@ class NativeRuntime:
             "lower": f"../../bases/{base}",
             "id_map": self._ids.plan(),
             "cgroups": [str(folder) for folder in limits.folders],
-            "bwrap": [bwrap, *self._isolation(spec)],
+            "bwrap": bwrap,
+            "isolation": self._isolation(spec),
             "mounts": self._mounts(),
+            "seccomp": self._call_filter.hex(),
         }
         try:
             await box.boot(plan)
@@ -104,7 +116,9 @@ class NativeRuntime:
     @staticmethod
     def _mounts() -> list[str]:
         shared = ["--perms", "1777", "--tmpfs", "/dev/shm", "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108 - inside
-        return ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev", *shared, "--perms", "755", "--tmpfs", "/run"]
+        hidden = [word for path in _MASKED if Path(path).exists() for word in ("--ro-bind", "/dev/null", path)]
+        own = ["--proc", "/proc", "--dev", "/dev", *shared, "--perms", "755", "--tmpfs", "/run"]
+        return ["--ro-bind", "/usr", "/usr", *own, *hidden]
 
     def _prepare_disk(self, box_id: str) -> str:
         """Make what is missing of a box's folder; returns the name of its base layer."""

@@ -192,7 +192,7 @@ async def test_what_is_inside_is_an_allow_list(box: NativeBox) -> None:
 
 
 async def test_the_agent_keeps_its_memory_to_itself(box: NativeBox) -> None:
-    pid = (await sh(box, "pgrep -f monitor.py | head -1")).strip()
+    pid = (await sh(box, "pgrep -x gatewayd-agent")).strip()
     for name in ("mem", "environ", "maps"):
         assert "denied" in (await run(box, "cat", f"/proc/{pid}/{name}")).err
     assert "denied" in (await run(box, "ls", f"/proc/{pid}/fd")).err

@@ -34,8 +34,12 @@ _BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
-def run(channel: socket.socket) -> None:
-    """Serve requests until the service closes the channel; never returns normally to the caller's code."""
+def run(channel: socket.socket, call_filter: bytes) -> None:
+    """Serve requests until the service closes the channel; never returns normally to the caller's code.
+
+    Everything in the sandbox descends from this process, so what it cannot do, nothing can: capabilities, privileges gained by
+    execve, and system calls are taken from it (`call_filter` as `kernel.filter_calls`; empty: none on this machine).
+    """
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
@@ -44,6 +48,9 @@ def run(channel: socket.socket) -> None:
     os.chdir("/")
     kernel.keep_only(kernel.SANDBOX_CAPABILITIES)
     kernel.hide_from_tracers()
+    kernel.gain_no_privileges()
+    if call_filter:
+        kernel.filter_calls(call_filter)
     status = 0
     try:
         Agent(channel).serve()

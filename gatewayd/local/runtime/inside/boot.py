@@ -140,8 +140,9 @@ def _frame(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
     """Join the control groups once for both children (the kernel takes some 10 ms for each), start them, and leave."""
     for folder in plan["cgroups"]:
         Path(folder, "cgroup.procs").write_text("0")  # 0: the writer itself
+    kernel.leave_keyrings()  # the user's keys are none of the sandbox's business
     children = []
-    for body in (lambda: _launch(plan, pipes), lambda: _join(pipes, channel)):
+    for body in (lambda: _launch(plan, pipes), lambda: _join(plan, pipes, channel)):
         pid = os.fork()
         if pid == 0:
             _child(pipes, body)
@@ -175,8 +176,21 @@ def _launch(plan: dict[str, Any], pipes: _Pipes) -> None:
     info_fd = fcntl.fcntl(pipes.info_w, fcntl.F_DUPFD, 10)  # inheritable, and out of the way
     os.dup2(pipes.error_w, 2)
     os.dup2(pipes.ready_w, 3)  # dash knows one-digit descriptors only
-    command = [*plan["bwrap"], "--bind", target, "/", *plan["mounts"], "--info-fd", str(info_fd), "--", "/bin/sh", "-c", _ANCHOR]
+    options = [*plan["isolation"], "--bind", target, "/", *plan["mounts"], "--info-fd", str(info_fd)]
+    if call_filter := bytes.fromhex(plan["seccomp"]):
+        options += ["--seccomp", str(_memory_file(call_filter))]
+    # by a descriptor: pid 1's command line is readable inside
+    arguments = _memory_file(b"".join(word.encode() + b"\0" for word in options))
+    command = [plan["bwrap"], "--args", str(arguments), "--", "/bin/sh", "-c", _ANCHOR]
     os.execve(command[0], command, {})  # noqa: S606 - no environment: bubblewrap's --clearenv would leave /proc/1/environ readable
+
+
+def _memory_file(content: bytes) -> int:
+    """An inheritable descriptor to read `content` from."""
+    fd = os.memfd_create("options", 0)
+    os.write(fd, content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def _mount_overlay(lower: str, target: str) -> None:
@@ -192,8 +206,9 @@ def _become_root_inside() -> None:
         os.setgroups([])
 
 
-def _join(pipes: _Pipes, channel: socket.socket) -> None:
+def _join(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
     """Enter the sandbox's namespaces when told to, and leave the agent there."""
+    kernel.rename("gatewayd-agent")
     pid = os.read(pipes.enter_r, 32).decode()
     if not pid:
         return  # the boot failed before
@@ -206,4 +221,4 @@ def _join(pipes: _Pipes, channel: socket.socket) -> None:
     _become_root_inside()
     if os.fork() == 0:  # only a child is inside the new pid namespace
         pipes.close()
-        agent.run(channel)
+        agent.run(channel, bytes.fromhex(plan["seccomp"]))

@@ -1,4 +1,4 @@
-"""The few system calls that Python 3.11's `os` lacks, by ctypes: unshare, setns, mount, prctl, capset.
+"""The few system calls that Python 3.11's `os` lacks, by ctypes: unshare, setns, mount, prctl, capset, keyctl.
 
 Each raises OSError with errno and the name of the call.
 """
@@ -17,8 +17,14 @@ MS_PRIVATE = 1 << 18
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_NAME = 15
+_PR_SET_SECCOMP = 22
 _PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_SECCOMP_MODE_FILTER = 2
+_KEYCTL = {"x86_64": 250, "aarch64": 219}  # call numbers: the C library has no wrapper
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 _CAPABILITY_VERSION_3 = 0x2008_0522
 _LAST_CAP_MAX = 63  # two 32-bit words in capset(2)
 
@@ -96,3 +102,37 @@ def keep_only(capabilities: frozenset[int]) -> None:
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     data = struct.pack("=6I", words[0], words[0], 0, words[1], words[1], 0)  # effective, permitted, inheritable; twice
     _check(_libc.capset(header, data), "capset")
+
+
+def gain_no_privileges() -> None:
+    """prctl(PR_SET_NO_NEW_PRIVS): from here on execve gives nothing, neither set-user-id nor file capabilities."""
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl NO_NEW_PRIVS")
+
+
+class _Program(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
+
+
+def filter_calls(program: bytes) -> None:
+    """prctl(PR_SET_SECCOMP): `program`, an array of struct sock_filter, judges every call from now on, and our children's."""
+    steps = _Program(len(program) // 8, program)
+    _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(steps), 0, 0), "prctl SECCOMP")
+
+
+def leave_keyrings() -> None:
+    """keyctl(KEYCTL_JOIN_SESSION_KEYRING): an empty session keyring. Where keyrings do not exist there is nothing to leave."""
+    if (number := _KEYCTL.get(os.uname().machine)) is not None:
+        _libc.syscall(number, _KEYCTL_JOIN_SESSION_KEYRING, None)
+
+
+def rename(title: str) -> None:
+    """Replace this process's name and, in place, its command line, which everybody may read and which names host paths."""
+    _check(_libc.prctl(_PR_SET_NAME, title.encode(), 0, 0, 0), "prctl NAME")
+    with open("/proc/self/stat", "rb") as stat:  # noqa: PTH123 - pathlib is not worth its import here
+        fields = stat.read().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: fields 48 and 49 of proc(5)
+    if end > start:
+        ctypes.memset(start, 0, end - start)
+        ctypes.memmove(start, title.encode(), min(len(title), end - start - 1))
