@@ -30,6 +30,7 @@ STOP_TIMEOUT = 12.0  # seconds for an orderly stop; it promises 10
 CHECK_TIMEOUT = 3.0  # seconds for the request that proves an adopted service alive
 LINE_MAX = 65536  # bytes of the line it prints, and of endpoint.json
 TAIL_LINES, TAIL_BYTES = 12, 8192  # of local.log in a failure message
+LOG_MAX = 4 << 20  # bytes of local.log at a start above which it is put aside, as local.log.1
 EXIT_IN_USE = 73  # its exit code when another instance holds the state directory
 
 # Not for the service: it has its own key, and systemd's descriptors are the gateway's.
@@ -113,8 +114,7 @@ class Embedded:
         self._make_dirs()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + START_TIMEOUT
-        log_size = self._log.stat().st_size if self._log.exists() else 0
-        child = self._spawn()
+        child, log_size = self._spawn()
         try:
             async with asyncio.timeout_at(deadline):
                 line = await child.first_line(LINE_MAX)
@@ -196,15 +196,19 @@ class Embedded:
         except OSError as exc:
             raise GatewayError(f"cannot start the local service: {exc.filename}: {exc.strerror}", kind=ErrorKind.CONFIG) from exc
 
-    def _spawn(self) -> Child:
+    def _spawn(self) -> tuple[Child, int]:
+        """The process, and the size of its log before it."""
         argv = [sys.executable, "-P", "-m", "gatewayd", "local", "--port", "0", "--state-dir", str(self._dir)]
         env = {name: value for name, value in self._environ.items() if not name.startswith(DROPPED_VARIABLES)}
         try:
+            if self._log.exists() and self._log.stat().st_size > LOG_MAX:
+                self._log.replace(self._log.with_suffix(".log.1"))
             log_fd = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as exc:
             raise GatewayError(f"cannot open {self._log}: {exc.strerror}", kind=ErrorKind.CONFIG) from exc
         try:
-            return Child(argv, env, log_fd)
+            size = os.fstat(log_fd).st_size
+            return Child(argv, env, log_fd), size
         except OSError as exc:
             raise GatewayError(f"cannot start the local service: {exc.strerror}", kind=ErrorKind.FAILED) from exc
         finally:

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT = 30.0  # seconds for TCP, TLS and the upgrade; a stopped sandbox is started meanwhile
 DIAL_TIMEOUT = 30.0  # seconds for the status byte of a new stream
+PROBE_AFTER = 3.0  # seconds without a status after which the link itself is probed
+PROBE_TIMEOUT = 5.0  # seconds for the answer to that probe; the keepalive would take far longer to notice
 MESSAGE_MAX = 4 << 20  # bytes of one WebSocket message; message boundaries mean nothing
 QUEUE_MAX = 16  # received messages waiting to be read
 WRITE_LIMIT = 256 << 10  # bytes in the transport's buffer above which senders wait
@@ -193,7 +195,7 @@ class Link:
         try:
             async with asyncio.timeout(DIAL_TIMEOUT):
                 await stream.write(struct.pack(">BH", CONNECT_VERSION, port))
-                answer = await stream.read(1)
+                answer = await self._status(stream, what)
         except TimeoutError as exc:
             stream.abort()
             raise GatewayError(f"{what}: no answer within {DIAL_TIMEOUT:.0f} s", kind=ErrorKind.TIMEOUT) from exc
@@ -208,6 +210,20 @@ class Link:
                 raise MuxClosed(f"{what}: the connection was lost")
             raise GatewayError(f"{what}: the service closed the stream without an answer", kind=ErrorKind.UNAVAILABLE)
         raise _dial_failure(answer[0], what, port)
+
+    async def _status(self, stream: MuxStream, what: str) -> bytes:
+        """The status byte, or b"" at the end. Raises MuxClosed when the link is dead though its connection is not."""
+        try:
+            async with asyncio.timeout(PROBE_AFTER):
+                return await stream.read(1)
+        except TimeoutError:
+            log.info("%s: no answer for %.0f s, probing the link", what, PROBE_AFTER)
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                await self._mux.ping()
+        except TimeoutError as exc:
+            raise MuxClosed(f"{what}: the connection does not answer any more") from exc
+        return await stream.read(1)
 
     async def aclose(self) -> None:
         """End the session in order, with deadlines; idempotent."""

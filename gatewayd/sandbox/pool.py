@@ -84,10 +84,13 @@ class Pool:
         entry = self._entry(account, sandbox)
         entry.dials += 1
         try:
+            link = await self._demand(entry, notice)
             try:
-                return await (await self._demand(entry, notice)).dial(port)
+                return await link.dial(port)
             except (MuxClosed, StreamReset) as exc:
                 log.info("link %s broke while connecting to port %d: %s; dialling again", sandbox, port, exc.message)
+                if isinstance(exc, MuxClosed) and not link.closed:  # it is dead and does not know it yet
+                    self._drop(entry, link)
             return await (await self._demand(entry, notice)).dial(port)
         finally:
             entry.dials -= 1
@@ -187,6 +190,12 @@ class Pool:
         entry.used = time.monotonic()
         log.info("link %s (profile %s) is up", entry.sandbox, entry.account.name)
         self._tasks.start(self._watch(entry, link), f"watch {entry.sandbox}")
+
+    def _drop(self, entry: _Entry, link: Link) -> None:
+        """Use the link no more; `_watch` takes note of its end."""
+        if entry.link is link:
+            entry.link = None
+            self._tasks.start(link.aclose(), f"drop {entry.sandbox}")
 
     async def _watch(self, entry: _Entry, link: Link) -> None:
         """Takes note when the link has ended."""

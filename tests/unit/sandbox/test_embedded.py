@@ -114,6 +114,17 @@ async def test_failing_shows_what_it_said(make: Callable[[], Embedded], tmp_path
     assert (await embedded.find())["state"] == "stopped"
 
 
+async def test_a_long_log_is_put_aside(make: Callable[[], Embedded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_module, "LOG_MAX", 10)
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "state/local.log").write_text("something that is long enough\n")
+    program(tmp_path, monkeypatch, "echo new >&2; exit 9")
+    with pytest.raises(GatewayError, match="exit code 9: new"):
+        await make().ensure()
+    assert (tmp_path / "state/local.log").read_text() == "new\n"
+    assert (tmp_path / "state/local.log.1").read_text() == "something that is long enough\n"
+
+
 async def test_a_service_that_says_nothing_is_given_up(
     make: Callable[[], Embedded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from gatewayd.errors import DialRefused, GatewayError
+from gatewayd.sandbox import link as link_module
 from gatewayd.sandbox import pool as pool_module
 from gatewayd.sandbox.accounts import Account
 from gatewayd.sandbox.boxes import Directory
@@ -83,6 +84,33 @@ async def test_a_link_that_breaks_under_the_dial_is_replaced(service: FakeServic
     service.connections[0].transport.abort()
     assert await spoken(await dial)
     assert len(service.upgrades) == 2
+
+
+async def test_a_dead_link_is_noticed_by_the_next_dial(
+    service: FakeService, account: Account, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine slept, the connection is still there and nobody answers: a new one is opened long before the keepalive would."""
+    monkeypatch.setattr(link_module, "PROBE_AFTER", 0.05)
+    monkeypatch.setattr(link_module, "PROBE_TIMEOUT", 0.05)
+    await pool.warm(account, "x")
+    service.connections[0].transport.pause_reading()
+    assert await spoken(await pool.dial(account, "x", 7))
+    assert len(service.upgrades) == 2
+    service.connections[0].transport.abort()
+
+
+async def test_a_slow_port_does_not_cost_the_link(
+    service: FakeService, account: Account, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "PROBE_AFTER", 0.05)
+    service.silent_ports.add(9)
+    other = await pool.dial(account, "x", 7)
+    slow = asyncio.ensure_future(pool.dial(account, "x", 9))
+    await until(lambda: pool.status()[0]["rtt_ms"] is not None, "the probe is answered")
+    assert await spoken(other)
+    assert len(service.upgrades) == 1
+    slow.cancel()
+    await asyncio.wait([slow])
 
 
 async def test_passing_failures_are_retried_with_a_notice(service: FakeService, account: Account, pool: Pool) -> None:
