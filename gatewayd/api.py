@@ -298,7 +298,7 @@ class Frame:
     STDERR = 2  # from the command
     EXIT = 3  # {"exit_code": N}; the last frame of a command that ended
     RESIZE = 4  # {"cols": N, "rows": N}
-    SIGNAL = 5  # {"signal": "KILL"}
+    SIGNAL = 5  # {"signal": "INT"}; on a terminal INT and QUIT are typed, everything else ends the command with SIGKILL
     STDIN_EOF = 6  # empty: no more input
     ERROR = 7  # an ErrorBody; the last frame of a command that could not go on
 

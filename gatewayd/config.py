@@ -201,9 +201,13 @@ class Settings:
     """The current `Config`: the file is read again when it has changed."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = dict(environ)  # a copy: later changes of os.environ do not count
-        self._signature = _signature(config_path(environ))  # of the file that _config came from
-        self._config = load(environ)  # the last good one
+        # A copy, with absolute paths: neither later changes of os.environ nor of the working directory count.
+        self._environ = dict(environ)
+        for name in ("GATEWAYD_CONFIG", "GATEWAYD_RUNTIME_DIR", "GATEWAYD_STATE_DIR"):
+            if path := environ.get(name):
+                self._environ[name] = str(Path(path).absolute())
+        self._signature = _signature(config_path(self._environ))  # of the file that _config came from
+        self._config = load(self._environ)  # the last good one
 
     def current(self) -> Config:
         """Raises GatewayError, kind config, when the file is wrong; the next call looks again."""

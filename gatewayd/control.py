@@ -59,6 +59,7 @@ class ControlServer:
         self._tasks = TaskOwner("control")  # the watchers of disconnecting clients
         self._state = ServerState()  # uvicorn's: open connections, running requests
         self._server: asyncio.AbstractServer | None = None
+        self._stopping = False  # requests are being cancelled: they are answered
         table = [(f"/v1{route.path}", self._endpoint(route), [route.verb]) for route in ROUTES]
         table += [(path, _openapi, ["GET"]) for path in ("/openapi.json", "/v1/openapi.json")]
         table += [
@@ -97,6 +98,7 @@ class ControlServer:
             connection.shutdown()
         if self._state.tasks:
             await asyncio.wait(set(self._state.tasks), timeout=DRAIN_TIMEOUT)
+        self._stopping = True
         for task in list(self._state.tasks):
             task.cancel()
         if self._state.tasks:
@@ -139,10 +141,12 @@ class ControlServer:
         try:
             reply = await route.handler(self._services, call)
         except asyncio.CancelledError:
-            if gone and worker is not None and worker.uncancel() == 0:
+            if worker is None or not (gone or self._stopping) or worker.uncancel():
+                raise
+            if gone:
                 log.info("%s %s: the client is gone", route.verb, printable(request.url.path, 200))
                 raise ClientDisconnect from None
-            raise
+            raise GatewayError("the daemon is stopping", kind=ErrorKind.UNAVAILABLE) from None
         finally:
             watcher.cancel()
         if reply.body is None:

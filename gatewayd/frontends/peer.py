@@ -85,6 +85,7 @@ class Client:
         """`sock` must be non-blocking; it is closed by `close`, or by whoever took `stream`."""
         self.sock = sock
         self._loop = asyncio.get_running_loop()
+        self.accepted = False  # the request was answered with ok: what follows is the stream
         self._early = b""  # bytes that came behind the request line: they belong to the stream
         self._writing = asyncio.Lock()  # held by the one writer of stream bytes
         self._unsent = b""  # the rest of lines that the client has not taken yet
@@ -121,6 +122,7 @@ class Client:
     async def send(self, message: Mapping[str, Any]) -> None:
         """Send a line and all before it. Raises OSError."""
         data, self._unsent = self._unsent + encode_line(message), b""
+        self.accepted = self.accepted or "ok" in message
         await self._loop.sock_sendall(self.sock, data)
 
     async def read(self, limit: int = 65536) -> bytes:

@@ -80,6 +80,10 @@ class ConnectServer:
             await self._tell(client, exc)
         except (OSError, EOFError, HungUp):
             pass  # nobody is left to be told
+        except asyncio.CancelledError:
+            if not client.accepted:
+                client.post(api.error_body(ErrorKind.UNAVAILABLE, "the daemon is stopping"))
+            raise
         except Exception:
             log.exception("a request on connect.sock failed")
             await self._tell(client, GatewayError("internal error, see the daemon's log", kind=ErrorKind.INTERNAL))

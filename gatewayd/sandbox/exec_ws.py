@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import json
 import logging
 import uuid
@@ -297,6 +298,8 @@ class ExecSession:
                     raise GatewayError(f"cannot {what}: the connection was lost", kind=ErrorKind.UNAVAILABLE) from exc
                 continue
             except BaseException:
+                with contextlib.suppress(ConnectionClosed):  # it may run by now, and nobody wants it any more
+                    await websocket.send(json.dumps({"type": "kill"}))
                 await websocket.close()
                 raise
             pid = started.get("pid")

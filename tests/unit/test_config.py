@@ -179,6 +179,16 @@ def test_the_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert settings.current().default_profile == ""
 
 
+def test_relative_paths_survive_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.toml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    settings = Settings({"HOME": str(tmp_path), "GATEWAYD_CONFIG": "own.toml", "GATEWAYD_STATE_DIR": "state"})
+    monkeypatch.chdir("/")
+    (tmp_path / "own.toml").write_text('default_profile = "env"\n')
+    config = settings.current()
+    assert (config.default_profile, config.config_file, config.state_dir) == ("env", tmp_path / "own.toml", tmp_path / "state")
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [

@@ -162,7 +162,32 @@ def test_clients_do_not_hold_the_stop_up(world: World) -> None:
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(10) == 0
         connect.settimeout(5)
-        assert connect.recv(10) == b""
+        assert b"the daemon is stopping" in connect.recv(1000)
+        assert connect.recv(1000) == b""
+
+
+def test_requests_in_progress_are_told_of_the_stop(world: World) -> None:
+    """Both kinds, while they wait for a service that does not answer."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        socket.socket(socket.AF_UNIX) as control,
+        socket.socket(socket.AF_UNIX) as connect,
+    ):
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        daemon = world.start(env={"LANGSMITH_API_KEY": "k", "LANGSMITH_ENDPOINT": endpoint})
+        control.connect(str(world.run / "control.sock"))
+        control.sendall(b"GET /v1/sandboxes/x HTTP/1.1\r\nHost: x\r\n\r\n")
+        connect.connect(str(world.run / "connect.sock"))
+        connect.sendall(b'{"op": "ssh", "sandbox": "x"}\n')
+        asked = [silent.accept()[0] for _ in range(2)]
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(10) == 0
+        for sock in (control, connect):
+            sock.settimeout(5)
+            assert b"the daemon is stopping" in sock.recv(65536)
+        for sock in asked:
+            sock.close()
+    assert "Traceback" not in world.log.read_text()
 
 
 def test_nothing_of_the_environment_shows(world: World) -> None:

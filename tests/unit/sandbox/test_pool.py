@@ -89,7 +89,7 @@ async def test_a_link_that_breaks_under_the_dial_is_replaced(service: FakeServic
 async def test_a_dead_link_is_noticed_by_the_next_dial(
     service: FakeService, account: Account, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The machine slept, the connection is still there and nobody answers: a new one is opened long before the keepalive would."""
+    """The machine slept, the connection is there and nobody answers: a new one is opened long before the keepalive would."""
     monkeypatch.setattr(link_module, "PROBE_AFTER", 0.05)
     monkeypatch.setattr(link_module, "PROBE_TIMEOUT", 0.05)
     await pool.warm(account, "x")
