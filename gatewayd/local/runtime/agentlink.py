@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -19,45 +20,44 @@ _ANSWER_DEADLINE = 30.0  # seconds; the longest an agent legitimately takes is a
 
 
 class AgentLink:
-    """One request at a time on the wire, any number waiting for answers."""
+    """One request at a time on the wire, any number waiting for answers.
 
-    def __init__(self, sock: socket.socket, on_exit: Callable[[int, int], None], on_lost: Callable[[str], None]) -> None:
+    The protocol has no packet that is neither an answer, nor a hello, nor the exit of a process that was started: an agent that
+    sends one has been taken over, and the channel ends. So a flood costs one packet, and nothing here grows by what it sends.
+    """
+
+    def __init__(self, sock: socket.socket, on_lost: Callable[[str], None]) -> None:
         self._sock = sock  # non-blocking SEQPACKET
         self._loop = asyncio.get_running_loop()
-        self._on_exit = on_exit  # called with (pid, code) for every process that ended
         self._on_lost = on_lost  # called once with the reason when the channel ends
         self._waiting: dict[int, asyncio.Future[tuple[dict[str, Any], list[int]]]] = {}  # request id → its answer
+        self._running: dict[int, asyncio.Future[int]] = {}  # pid → its exit code, from the answer to its spawn on
         self._unsent: deque[bytes] = deque()  # packets the socket had no room for
         self._serial = 0  # last request id
         self._closed = False  # set by close() or by the end of the channel
         self.hello: asyncio.Future[None] = self._loop.create_future()  # resolves when the agent is ready
         self._loop.add_reader(sock.fileno(), self._readable)
 
-    async def request(self, op: str, **fields: Any) -> tuple[dict[str, Any], list[int]]:
+    async def request(
+        self, op: str, *, unwanted: Callable[[dict[str, Any]], None] | None = None, **fields: Any
+    ) -> tuple[dict[str, Any], list[int]]:
         """Ask the agent; returns its answer and the descriptors with it (the caller's from here on).
+
+        An answer that names a process in ``pid`` has the future of its exit code in ``exited``.
+
+        Args:
+            unwanted: called with the answer of a request that succeeded after its caller had been cancelled or had given up.
 
         Raises:
             OSError: what the kernel said inside the sandbox (errno and, as filename, the place).
             RuntimeFailure: the sandbox has ended, or did not answer.
         """
-        if self._closed:
-            raise RuntimeFailure("the sandbox has ended")
-        if len(self._waiting) >= _MAX_PENDING:
-            raise RuntimeFailure("the sandbox has too many requests waiting")
-        self._serial += 1
-        serial = self._serial
-        try:
-            packet = packets.encode({"op": op, "id": serial, **fields})
-        except ValueError as exc:
-            raise RuntimeFailure(f"the request is too large for the sandbox: {exc}") from exc
-        answer: asyncio.Future[tuple[dict[str, Any], list[int]]] = self._loop.create_future()
-        self._waiting[serial] = answer
-        self._send(packet)
+        answer = self._ask(op, fields)
         try:
             async with asyncio.timeout(_ANSWER_DEADLINE):
                 message, fds = await asyncio.shield(answer)
         except BaseException as exc:
-            answer.add_done_callback(_discard)  # whenever it comes, its descriptors must not leak
+            answer.add_done_callback(lambda late: _discard(late, unwanted))  # whenever it comes, its descriptors must not leak
             if isinstance(exc, TimeoutError):
                 raise RuntimeFailure(f"the sandbox did not answer within {_ANSWER_DEADLINE:.0f} s") from None
             raise
@@ -67,6 +67,26 @@ class AgentLink:
             raise OSError(number, os.strerror(number), str(message.get("where", ""))[:200])
         ok = message.get("ok")
         return (ok if isinstance(ok, dict) else {}), fds
+
+    def tell(self, op: str, **fields: Any) -> None:
+        """Ask without waiting; nothing when the sandbox has ended."""
+        with contextlib.suppress(RuntimeFailure):
+            self._ask(op, fields).add_done_callback(lambda answer: _discard(answer, None))
+
+    def _ask(self, op: str, fields: dict[str, Any]) -> asyncio.Future[tuple[dict[str, Any], list[int]]]:
+        if self._closed:
+            raise RuntimeFailure("the sandbox has ended")
+        if len(self._waiting) >= _MAX_PENDING:
+            raise RuntimeFailure("the sandbox has too many requests waiting")
+        self._serial += 1
+        try:
+            packet = packets.encode({"op": op, "id": self._serial, **fields})
+        except ValueError as exc:
+            raise RuntimeFailure(f"the request is too large for the sandbox: {exc}") from exc
+        answer: asyncio.Future[tuple[dict[str, Any], list[int]]] = self._loop.create_future()
+        self._waiting[self._serial] = answer
+        self._send(packet)
+        return answer
 
     def _send(self, packet: bytes) -> None:
         if self._unsent or not self._try_send(packet):
@@ -88,7 +108,8 @@ class AgentLink:
         while self._unsent and not self._closed:
             if not self._try_send(self._unsent[0]):
                 return
-            self._unsent.popleft()
+            if self._unsent:  # empty when that attempt closed the channel
+                self._unsent.popleft()
         if not self._closed:
             self._loop.remove_writer(self._sock.fileno())
 
@@ -109,19 +130,23 @@ class AgentLink:
                 return
 
     def _dispatch(self, message: dict[str, Any], fds: list[int]) -> None:
-        answer = self._waiting.pop(message["id"], None) if isinstance(message.get("id"), int) else None
+        answer = self._waiting.pop(message["id"], None) if type(message.get("id")) is int else None
         if answer is not None and not answer.done():
+            ok = message.get("ok")
+            if isinstance(ok, dict) and type(pid := ok.get("pid")) is int:
+                self._running[pid] = ok["exited"] = self._loop.create_future()  # now: its exit may be the very next packet
             answer.set_result((message, fds))
             return
         packets.close_all(fds)
-        event = message.get("event")
-        if event == "exit" and isinstance(message.get("pid"), int) and isinstance(message.get("code"), int):
-            self._on_exit(message["pid"], message["code"] & 0xFF)
-        elif event == "hello":
-            if not self.hello.done():
-                self.hello.set_result(None)
+        event, pid = message.get("event"), message.get("pid")
+        if event == "exit" and type(pid) is int and pid in self._running and type(code := message.get("code")) is int:
+            self._running.pop(pid).set_result(code & 0xFF)
+        elif event == "hello" and not self.hello.done():
+            self.hello.set_result(None)
         elif event == "failed":
             self._lost(f"the agent failed: {str(message.get('reason', ''))[:200]}")
+        else:
+            self._lost("the agent sent what nobody asked for")
 
     def _lost(self, reason: str) -> None:
         if not self._closed:
@@ -144,9 +169,16 @@ class AgentLink:
                 future.set_exception(failure)
                 future.exception()  # seen, even if nobody waits any more
         self._waiting.clear()
+        for exited in self._running.values():
+            exited.set_result(128 + signal.SIGKILL)
+        self._running.clear()
 
 
-def _discard(answer: asyncio.Future[tuple[dict[str, Any], list[int]]]) -> None:
-    if not answer.cancelled() and answer.exception() is None:
-        with contextlib.suppress(OSError):
-            packets.close_all(answer.result()[1])
+def _discard(answer: asyncio.Future[tuple[dict[str, Any], list[int]]], unwanted: Callable[[dict[str, Any]], None] | None) -> None:
+    if answer.cancelled() or answer.exception() is not None:
+        return
+    message, fds = answer.result()
+    packets.close_all(fds)
+    ok = message.get("ok")
+    if unwanted is not None and isinstance(ok, dict):
+        unwanted(ok)

@@ -89,7 +89,6 @@ class NativeBox:
         self.spec = spec
         self.limits_note = limits_note
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._exits: dict[int, asyncio.Future[int]] = {}  # pid → exit code, for processes alive or ended before they were claimed
         self._monitor: asyncio.subprocess.Process | None = None  # set by boot
         self._lifeline, self._their_lifeline = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET
@@ -116,7 +115,7 @@ class NativeBox:
                 pass_fds=(lifeline.fileno(), their_channel.fileno()),
                 start_new_session=True,  # a Ctrl-C at the service's terminal is the service's to handle
             )
-        self._link = AgentLink(channel, self._process_exited, self._channel_lost)
+        self._link = AgentLink(channel, self._channel_lost)
         try:
             async with asyncio.timeout(_BOOT_DEADLINE):
                 if (stdin := self._monitor.stdin) is not None:
@@ -162,10 +161,6 @@ class NativeBox:
         await self._abandon()
         if not self.ended.done():
             self.ended.set_result(str(report.get("ended", "its monitor died")))
-        for pid, exited in list(self._exits.items()):
-            if not exited.done():
-                exited.set_result(128 + signal.SIGKILL)
-            del self._exits[pid]
 
     def _channel_lost(self, reason: str) -> None:
         if not self._stopping:
@@ -177,13 +172,6 @@ class NativeBox:
         with contextlib.suppress(OSError):
             self._lifeline.shutdown(socket.SHUT_WR)
 
-    def _process_exited(self, pid: int, code: int) -> None:
-        exited = self._exits.pop(pid, None)
-        if exited is None:  # ended before spawn() could claim it
-            exited = self._exits[pid] = asyncio.get_running_loop().create_future()
-        if not exited.done():
-            exited.set_result(code)
-
     def _agent(self) -> AgentLink:
         if self._link is None or self.ended.done():
             raise RuntimeFailure("the sandbox has ended")
@@ -194,6 +182,7 @@ class NativeBox:
         link = self._agent()
         answer, fds = await link.request(
             "spawn",
+            unwanted=lambda started: link.tell("signal", pid=started.get("pid"), signal=signal.SIGKILL),
             argv=list(spec.argv),
             env=dict(spec.env),
             cwd=spec.cwd,
@@ -202,16 +191,11 @@ class NativeBox:
             cols=spec.cols & 0xFFFF,
             rows=spec.rows & 0xFFFF,
         )
-        pid = answer.get("pid")
-        if not isinstance(pid, int) or len(fds) != (1 if spec.pty else 3):
+        kind, count = (stat.S_ISCHR, 1) if spec.pty else (stat.S_ISFIFO, 3)
+        if "exited" not in answer or len(fds) != count or not all(kind(os.fstat(fd).st_mode) for fd in fds):
             packets.close_all(fds)
             raise RuntimeFailure("the sandbox's agent gave no process")
-        exited = self._exits.get(pid)
-        if exited is None:
-            exited = self._exits[pid] = asyncio.get_running_loop().create_future()
-        else:
-            del self._exits[pid]  # it has ended already
-        return NativeProcess(link, pid, fds, exited, pty=spec.pty)
+        return NativeProcess(link, answer["pid"], fds, answer["exited"], pty=spec.pty)
 
     async def connect(self, port: int) -> socket.socket:
         """A connected non-blocking TCP socket to a port on the sandbox's loopback. Raises PortRefused, RuntimeFailure."""
@@ -219,7 +203,7 @@ class NativeBox:
             _, fds = await self._agent().request("connect", port=port)
         except OSError as exc:
             raise PortRefused(f"port {port}: {exc.strerror}") from exc
-        if len(fds) != 1:
+        if len(fds) != 1 or not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
             packets.close_all(fds)
             raise RuntimeFailure("the sandbox's agent gave no connection")
         sock = socket.socket(fileno=fds[0])

@@ -23,12 +23,14 @@ import struct
 import termios
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gatewayd.local.runtime.inside import accounts, kernel, packets
 
 _CONNECT_DEADLINE = 5.0  # seconds for a port inside to accept: beyond the time of a full backlog being drained
 _MAX_CONNECTS = 1024  # connects under way at once
+_MAX_WRITERS = 256  # files being replaced at once: each holds a descriptor
+_MAX_PATH = 4096  # bytes, with the NUL: PATH_MAX
 _TTY_GROUP = 5  # gid of /dev/pts/N on every Linux
 _BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
@@ -61,6 +63,15 @@ def run(channel: socket.socket, call_filter: bytes) -> None:
     os._exit(status)
 
 
+class _Writer(NamedTuple):
+    """A file being replaced."""
+
+    account: accounts.Account  # whose rights count
+    folder: int  # open descriptor of the folder of both
+    temporary: str  # name of the file that is being written
+    name: str  # name of the file to be replaced
+
+
 class Agent:
     """The request loop and what it keeps between requests."""
 
@@ -68,7 +79,7 @@ class Agent:
         self._channel = channel  # to the service; its end is our end
         self._poll = select.epoll()  # the channel, the SIGCHLD pipe, connects under way
         self._children: set[int] = set()  # started and not yet reaped
-        self._writers: dict[str, tuple[str, str]] = {}  # handle → (temporary path, final path)
+        self._writers: dict[str, _Writer] = {}  # handle → file being replaced
         self._connects: dict[
             int, tuple[socket.socket, dict[str, Any], int, float]
         ] = {}  # fd → socket, request, family index, deadline
@@ -282,63 +293,91 @@ class Agent:
 
     def _do_open_read(self, request: dict[str, Any]) -> None:
         account = accounts.resolve(request["user"])
+        path = _absolute(account, request["path"])
         with _as_user(account):
-            path = os.path.join(account.home, request["path"])  # noqa: PTH118 - absolute paths stay as they are
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # never waits for a FIFO's other end
+            fd = kernel.open_plainly(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # never waits for a FIFO's other end
         try:
             mode = os.fstat(fd).st_mode
             if stat.S_ISDIR(mode):
                 raise OSError(errno.EISDIR, "", path)
             if not stat.S_ISREG(mode):
                 raise OSError(errno.EINVAL, "", path)
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(f"/proc/{os.getpid()}/"):  # noqa: PTH115
+                raise OSError(errno.EACCES, "", path)  # the agent's own memory: not the sandbox's
             self._send({"id": request["id"], "ok": {}}, (fd,))
         finally:
             os.close(fd)
 
     def _do_open_write(self, request: dict[str, Any]) -> None:
-        """Open a temporary neighbour of the target; the target's mode and owner are kept when it is replaced."""
+        """Open a temporary neighbour of the target; the target's mode and owner are kept when it is replaced.
+
+        Where the path leads is decided once. From then on both names are relative to an open folder, so processes inside that
+        swap folders for links meanwhile change nothing.
+        """
+        if len(self._writers) >= _MAX_WRITERS:
+            raise OSError(errno.EMFILE, "too many files being written")
         account = accounts.resolve(request["user"])
         with _as_user(account):
-            path = os.path.realpath(os.path.join(account.home, request["path"]))  # noqa: PTH118
-            folder = os.path.dirname(path)  # noqa: PTH120
-            os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+            path = os.path.realpath(_absolute(account, request["path"]))
+            place, name = os.path.split(path)
+            os.makedirs(place, exist_ok=True)  # noqa: PTH103
+            folder = kernel.open_plainly(place, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                old: os.stat_result | None = os.stat(path)  # noqa: PTH116
-            except FileNotFoundError:
-                old = None
-            if old is not None and not stat.S_ISREG(old.st_mode):
-                raise OSError(errno.EISDIR if stat.S_ISDIR(old.st_mode) else errno.EINVAL, "", path)
-            self._serial += 1
-            temporary = os.path.join(folder, f".gatewayd-{os.getpid()}-{self._serial}")  # noqa: PTH118
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-            try:
-                if old is not None:
-                    os.fchown(fd, old.st_uid, old.st_gid)
-                    os.fchmod(fd, stat.S_IMODE(old.st_mode))
-                handle = str(self._serial)
-                self._writers[handle] = (temporary, path)
-                self._send({"id": request["id"], "ok": {"handle": handle}}, (fd,))
-            except OSError:
-                os.unlink(temporary)  # noqa: PTH108
+                self._open_neighbour(request, account, folder, name)
+            except BaseException:
+                os.close(folder)
                 raise
-            finally:
-                os.close(fd)
+
+    def _open_neighbour(self, request: dict[str, Any], account: accounts.Account, folder: int, name: str) -> None:
+        try:
+            old: os.stat_result | None = os.stat(name or ".", dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            old = None
+        if old is not None and not stat.S_ISREG(old.st_mode):
+            raise OSError(errno.EISDIR if stat.S_ISDIR(old.st_mode) else errno.EINVAL, "", name)
+        self._serial += 1
+        handle = str(self._serial)
+        temporary = f".gatewayd-{os.getpid()}-{handle}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=folder)
+        try:
+            if old is not None:
+                os.fchown(fd, old.st_uid, old.st_gid)
+                os.fchmod(fd, stat.S_IMODE(old.st_mode))
+            self._send({"id": request["id"], "ok": {"handle": handle}}, (fd,))
+            self._writers[handle] = _Writer(account, folder, temporary, name)
+        except OSError:
+            os.unlink(temporary, dir_fd=folder)
+            raise
+        finally:
+            os.close(fd)
 
     def _do_commit(self, request: dict[str, Any]) -> None:
-        temporary, path = self._writers.pop(request["handle"])
+        writer = self._writers.pop(request["handle"])
         try:
-            os.rename(temporary, path)  # noqa: PTH104
+            with _as_user(writer.account):
+                os.rename(writer.temporary, writer.name, src_dir_fd=writer.folder, dst_dir_fd=writer.folder)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)  # noqa: PTH108
+                os.unlink(writer.temporary, dir_fd=writer.folder)
             raise
+        finally:
+            os.close(writer.folder)
         self._send({"id": request["id"], "ok": {}})
 
     def _do_abort(self, request: dict[str, Any]) -> None:
-        temporary, _ = self._writers.pop(request["handle"])
+        writer = self._writers.pop(request["handle"])
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # noqa: PTH108
+            os.unlink(writer.temporary, dir_fd=writer.folder)
+        os.close(writer.folder)
         self._send({"id": request["id"], "ok": {}})
+
+
+def _absolute(account: accounts.Account, path: str) -> str:
+    """`path` from the account's home on. Raises OSError ENAMETOOLONG before anybody walks it."""
+    whole = os.path.join(account.home, path)  # noqa: PTH118 - absolute paths stay as they are
+    if len(os.fsencode(whole)) >= _MAX_PATH:
+        raise OSError(errno.ENAMETOOLONG, "", whole[:100])
+    return whole
 
 
 def _be_ordinary() -> None:

@@ -1,4 +1,4 @@
-"""The few system calls that Python 3.11's `os` lacks, by ctypes: unshare, setns, mount, prctl, capset, keyctl.
+"""The few system calls that Python 3.11's `os` lacks, by ctypes: unshare, setns, mount, prctl, capset, keyctl, openat2.
 
 Each raises OSError with errno and the name of the call.
 """
@@ -6,6 +6,7 @@ Each raises OSError with errno and the name of the call.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 
@@ -23,6 +24,8 @@ _PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
+_OPENAT2 = 437  # on every architecture
+_RESOLVE_NO_MAGICLINKS = 0x02
 _KEYCTL = {"x86_64": 250, "aarch64": 219}  # call numbers: the C library has no wrapper
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _CAPABILITY_VERSION_3 = 0x2008_0522
@@ -53,8 +56,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def _check(result: int, call: str) -> None:
     if result != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno), call)
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), call)
 
 
 def unshare(flags: int) -> None:
@@ -73,6 +76,20 @@ def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "")
         _libc.mount(source.encode(), target.encode(), fstype.encode(), ctypes.c_ulong(flags), data.encode() or None),
         f"mount {fstype}",
     )
+
+
+def open_plainly(path: str, flags: int) -> int:
+    """openat2(2) that follows no magic link (/proc/PID/exe, fd, root), which could lead out of a sandbox; close-on-exec."""
+    name = os.fsencode(path)
+    if b"\0" in name:
+        raise ValueError("embedded null byte")
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_NO_MAGICLINKS)
+    while True:
+        fd = int(_libc.syscall(_OPENAT2, -100, name, how, len(how)))  # AT_FDCWD; the path is absolute
+        if fd >= 0:
+            return fd
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(number, os.strerror(number), path)
 
 
 def die_with_parent(signal_number: int) -> None:

@@ -6,6 +6,7 @@ The socket is AF_UNIX SOCK_SEQPACKET, so a packet arrives whole or not at all an
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import socket
@@ -39,6 +40,8 @@ def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """The next packet and its descriptors (close-on-exec), or None at the end.
 
+    When descriptors did not fit, into the buffer or into this process's table, none is kept and the packet says EMFILE.
+
     Raises:
         PacketError: truncated, not JSON, or not an object; its descriptors are closed.
         OSError: as recvmsg(2), BlockingIOError included.
@@ -52,14 +55,17 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     if not data and not fds:
         return None
     try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & socket.MSG_TRUNC:
             raise PacketError("a truncated packet")
         message = json.loads(data)
         if not isinstance(message, dict):
             raise PacketError("a packet that is no object")
-    except (ValueError, PacketError) as exc:
+    except (ValueError, RecursionError, PacketError) as exc:
         close_all(fds)
         raise exc if isinstance(exc, PacketError) else PacketError("a packet that is no JSON") from exc
+    if flags & socket.MSG_CTRUNC:
+        close_all(fds)
+        return {"id": message.get("id"), "errno": errno.EMFILE, "where": "descriptors"}, []
     return message, list(fds)
 
 
