@@ -160,7 +160,8 @@ async def list_snapshots(
 ) -> dict[str, Any]:
     """The one snapshot there is."""
     snapshots = [_default_snapshot()] if not name_contains or name_contains.lower() in DEFAULT_SNAPSHOT_NAME else []
-    return {"snapshots": snapshots[offset : offset + limit], "offset": offset}
+    page = snapshots[offset : offset + limit]
+    return {"snapshots": page, "items": page, "next_cursor": None, "offset": offset}
 
 
 @router.get("/snapshots/{reference}")
