@@ -1,0 +1,130 @@
+"""Nothing of the SDK's sandbox clients is unaccounted for, and docs/compatibility.md says what the conformance run saw.
+
+Runs after the other conformance files, whose calls it judges; of a part of them it can say nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import defaultdict
+from types import ModuleType
+
+import pytest
+
+from tests.compatibility import Row, publish, table
+from tests.sdk import test_conformance, test_conformance_generated
+from tests.sdk.conformance import FAILED, OK, REFUSED, finished, seen, surface
+
+# A pattern that fits the whole name, without "Async" → why. Every method that fits none must be seen to succeed and to fail.
+CANNOT_FAIL = {
+    r"\w+\.(__enter__|__aenter__)": "gives the object itself",
+    r"SandboxClient\.(close|aclose)": "idempotent",
+    r"SandboxClient\.(to_async|to_sync)|Sandbox\.(to_async|to_sync)": "the same sandboxes through the SDK's other form",
+    r"(SandboxClient|SandboxesResource)\.(boxes|registries|snapshots)": "the generated resource",
+    r"(Sandbox|RunConfig|GlobResult|GrepResult)\.from_dict|RunConfig\.to_payload": "converts what is answered or sent",
+    r"(GlobResult|GrepResult)\.__iter__|ExecutionResult\.success|FileChunk\.end": "reads what was answered",
+    r"CommandHandle\.(command_id|pid|last_stdout_offset|last_stderr_offset)": "reads what was answered",
+    r"CommandHandle\.(kill|close_input)": "no effect on a command that has ended",
+    r"Tunnel\.(local_port|remote_port)": "reads what the tunnel holds",
+    r"Tunnel\.close": "idempotent",
+}
+ONLY_REFUSED = {
+    r"(SandboxClient|Sandbox)\.capture_snapshot|BoxesResource\.create_snapshot": "snapshots are not made here",
+    r"SandboxClient\.(create_snapshot|delete_snapshot)|SnapshotsResource\.(create|delete)": "there is one snapshot, `default`",
+    r"SandboxClient\.create_snapshot_from_dockerfile": "the one snapshot has no BuildKit",
+    r"(SandboxClient|Sandbox)\.service|BoxesResource\.\w+_service_urls?": "ports are reached through tunnels",
+    r"(SandboxClient|Sandbox|BoxesResource)\.generate_download_url": "files are read through `read` and `read_range`",
+    r"RegistriesResource\.(create|retrieve|update|list|delete)": "no images are pulled",
+    r"Sandbox\.(glob|ls|grep)": "run `find` or `grep` as a command",
+    r"proxy_config|\w+_secret|aws_auth|gcp_auth|attribution": "`proxy_config`: sandboxes have no way out to the network",
+    r"mount_config|\w+_mount": "`mount_config`: nothing is mounted into sandboxes",
+}
+NOT_REACHED = {
+    r"ServiceURL\.\w+": ("made by `service`", "SandboxClient.service"),
+    r"(GlobResult|GrepResult)\.\w+": ("made by `glob` and `grep`", "Sandbox.glob"),
+}
+FAILS_ONLY = {r"RegistriesResource\.with_\w+": "as its methods: no images are pulled"}
+CLOUD_ONLY = {
+    r"SandboxTokenVerifier\.\w+": "checks tokens that LangSmith signs for users of service URLs",
+    r"SandboxesResource\.list_usage_costs": "billing",
+}
+
+
+def plain(name: str) -> str:
+    """A name without what tells the two forms of the SDK apart."""
+    return name.removeprefix("Async")
+
+
+def fitting(patterns: dict[str, str], name: str) -> str | None:
+    """What a table says about a name."""
+    return next((note for pattern, note in patterns.items() if re.fullmatch(pattern, plain(name))), None)
+
+
+def judge(name: str) -> tuple[str, str] | None:
+    """State and note of one method, from what was seen of it; None when nothing accounts for it."""
+    outcomes = seen[name]
+    if FAILED in outcomes and (note := fitting(FAILS_ONLY, name)) is not None:
+        return "refused", note
+    if outcomes >= {OK, FAILED}:
+        return "tested", ""
+    if outcomes == {OK} and (note := fitting(CANNOT_FAIL, name)) is not None:
+        return "tested, cannot fail", note
+    if outcomes == {REFUSED} and (note := fitting(ONLY_REFUSED, name)) is not None:
+        return "refused", note
+    if not outcomes and (note := fitting(CLOUD_ONLY, name)) is not None:
+        return "cloud only", note
+    for pattern, (note, maker) in NOT_REACHED.items():
+        if not outcomes and re.fullmatch(pattern, plain(name)) and seen[maker] == {REFUSED}:
+            return "not reached", note
+    return None
+
+
+def scenarios(*modules: ModuleType) -> set[str]:
+    """Every test of the modules, in both forms, as it names itself when it has finished."""
+    names = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if name.startswith("test_") and inspect.iscoroutinefunction(value)
+    }
+    return {f"{name}[{mode}]" for name in names for mode in ("sync", "async")}
+
+
+@pytest.fixture
+def complete() -> None:
+    """Only a whole run can be judged."""
+    if missing := scenarios(test_conformance, test_conformance_generated) - finished:
+        pytest.skip(f"needs the whole conformance run; {len(missing)} of its tests did not pass in this one")
+
+
+@pytest.mark.usefixtures("complete")
+def test_every_public_method_is_accounted_for() -> None:
+    names = surface()
+    assert len(names) > 200
+    unknown = {name: sorted(seen[name]) for name in sorted(names) if judge(name) is None}
+    assert unknown == {}, "tests must call these, once with success and once with failure, or a table above must say why not"
+    assert not {name for name in seen if seen[name]} - names, "seen, but not found by introspection"
+
+
+@pytest.mark.usefixtures("complete")
+def test_no_table_speaks_of_what_is_not_there() -> None:
+    for patterns in (CANNOT_FAIL, ONLY_REFUSED, NOT_REACHED, FAILS_ONLY, CLOUD_ONLY):
+        for pattern in patterns:
+            assert any(re.fullmatch(pattern, plain(name)) for name in surface()), pattern
+
+
+@pytest.mark.usefixtures("complete")
+def test_the_document_says_what_was_seen() -> None:
+    modes: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
+    owners = {name.partition(".")[0] for name in surface()}
+    for name in surface():
+        state, note = judge(name) or ("unknown", "")
+        owner = name.partition(".")[0]
+        both = f"Async{plain(owner)}" not in owners
+        mode = "both" if both else "async" if owner.startswith("Async") else "sync"
+        modes[(plain(name), state, note)].add(mode)
+    rows: list[Row] = [
+        (name, ", ".join(sorted(found, reverse=True)), state, note) for (name, state, note), found in modes.items()
+    ]
+    publish("python", table(rows))
