@@ -43,7 +43,7 @@ class Boxes:
         self._by_id: dict[str, Sandbox] = {}
         self._by_name: dict[str, Sandbox] = {}
         self._tasks = TaskOwner("boxes")
-        self._closing = False  # set by aclose(): nothing is started any more
+        self.ending = asyncio.Event()  # set by aclose(): nothing is started any more
 
     async def recover(self) -> None:
         """Take stock after a start: what ran when a service was killed is stopped, what was being deleted is deleted."""
@@ -207,7 +207,7 @@ class Boxes:
 
     async def aclose(self) -> None:
         """Stop every sandbox, release the runtime and close the store; idempotent."""
-        self._closing = True
+        self.ending.set()
         waiting = []
         for sandbox in self.all():
             if sandbox.run is not None or sandbox.lock.locked():
@@ -228,7 +228,7 @@ class Boxes:
 
     async def _start(self, sandbox: Sandbox) -> None:
         async with sandbox.lock:
-            if sandbox.run is not None or sandbox.record.status == "deleting" or self._closing:
+            if sandbox.run is not None or sandbox.record.status == "deleting" or self.ending.is_set():
                 return
             self._save(sandbox, status="provisioning", status_message=None)
             record = sandbox.record
@@ -291,7 +291,7 @@ class Boxes:
         log.info("sandbox %s: stopped%s", sandbox.record.name, f" ({why})" if why else "")
 
     def _on_ended(self, sandbox: Sandbox, run: Run, ended: asyncio.Future[str]) -> None:
-        if sandbox.run is run and not ended.cancelled() and not self._closing:
+        if sandbox.run is run and not ended.cancelled() and not self.ending.is_set():
             reason = printable(ended.result(), 200)
             self._tasks.start(self._crashed(sandbox, run, reason), f"crash {sandbox.record.id}")
 
@@ -313,7 +313,7 @@ class Boxes:
         sandbox.record = record
 
     def _refuse_when_closing(self) -> None:
-        if self._closing:
+        if self.ending.is_set():
             raise ServiceError(503, "ServiceUnavailable", "the service is ending")
 
     def _refuse_when_deleting(self, sandbox: Sandbox) -> None:

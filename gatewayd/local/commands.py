@@ -5,6 +5,9 @@ offsets. A session outlives its clients; its client can come back by command id 
 
 Back-pressure: while clients are attached, a stream is read only as far as the ring holds everything the foremost of them has not
 got yet. With nobody attached the ring drops its oldest bytes and the command never blocks.
+
+A client that acknowledges (/execute/stream) has got only what it says it has: nothing after that is dropped while it reads, nor
+for HOLD seconds after it has gone, in which it may come back.
 """
 
 from __future__ import annotations
@@ -14,22 +17,20 @@ import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
+from gatewayd.local.attachment import Attachment, Cursor, StreamName
 from gatewayd.local.pipes import Drains, InputPipe, OutputPipe, close_fd
-from gatewayd.local.ring import RING_CAPACITY, Ring, decode_held
+from gatewayd.local.ring import RING_CAPACITY, Ring
 from gatewayd.local.runtime.base import Process
 from gatewayd.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
-CHUNK = 64 * 1024  # bytes of output in one message at most
 LINGER = 1.0  # seconds of silence after which a finished command's still open pipes are given up
 LINGER_LIMIT = 3.0  # seconds after which they are given up even if somebody writes to them all the time
 START_GRACE = 30.0  # seconds in which the client that started a command attaches, however short its idle timeout
+HOLD = 120.0  # seconds that unacknowledged output blocks a command whose client has gone; a client may need 60 to notice
 MAX_ATTACHMENTS = 64  # clients of one command at the same time
-
-StreamName = Literal["stdout", "stderr"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,6 @@ class Outcome:
     exit_code: int
     error_type: str = ""  # CommandTimeout
     error: str = ""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of output as text."""
-
-    stream: StreamName
-    offset: int  # of its first byte in the stream
-    text: str
-    size: int  # bytes it stands for
 
 
 class TooManyClients(Exception):
@@ -88,6 +79,8 @@ class CommandSession:
         self._drains = drains  # takes pipes that background processes still hold
         self._on_finished = on_finished  # called once, when outcome is set
         self._attachments: set[Attachment] = set()  # clients reading now
+        self._held: dict[StreamName, int] | None = None  # what an acknowledging client has received; None: there is none
+        self._hold_timer: asyncio.TimerHandle | None = None  # runs while it is away
         self._activity = asyncio.Event()  # something was read, or a pipe ended
         self._timed_out = False  # the timeout has killed the command
         self._loop = asyncio.get_running_loop()
@@ -137,18 +130,37 @@ class CommandSession:
         if not self.process.exited.done():
             await self.process.signal(signal.SIGKILL)
 
-    def attach(self, stdout_offset: int = 0, stderr_offset: int = 0) -> Attachment:
+    @property
+    def blocked(self) -> bool:
+        """A stream's ring is full of output that was not acknowledged."""
+        held = self._held
+        return held is not None and any(
+            not pipe.eof and pipe.ring.end - max(held[name], pipe.ring.start) >= pipe.ring.capacity
+            for name, pipe in self._named()
+        )
+
+    def attach(self, stdout_offset: int = 0, stderr_offset: int = 0, *, acknowledges: bool = False) -> Attachment:
         """Begin reading at these offsets, or at the oldest byte kept. Close the attachment when done.
+
+        Args:
+            stdout_offset: offset of the first byte wanted.
+            stderr_offset: the same of the other stream.
+            acknowledges: the client has what is before these offsets, and attaches again when `blocked`.
 
         Raises:
             TooManyClients: MAX_ATTACHMENTS read already.
         """
         if len(self._attachments) >= MAX_ATTACHMENTS:
             raise TooManyClients(f"command {self.command_id} has {MAX_ATTACHMENTS} clients already")
-        cursors = [_Cursor("stdout", self.stdout, stdout_offset)]
+        cursors = [Cursor("stdout", self.stdout, stdout_offset)]
         if self.stderr is not None:
-            cursors.append(_Cursor("stderr", self.stderr, stderr_offset))
-        attachment = Attachment(self, cursors)
+            cursors.append(Cursor("stderr", self.stderr, stderr_offset))
+        attachment = Attachment(self, cursors, acknowledges=acknowledges)
+        if acknowledges:
+            self._held = {cursor.name: cursor.offset for cursor in cursors}
+            self._watch_hold()
+        elif not any(one.acknowledges for one in self._attachments):
+            self._release()
         self._attachments.add(attachment)
         self.unwatched.clear()
         self._watch_idle()
@@ -160,6 +172,8 @@ class CommandSession:
         if attachment not in self._attachments:
             return
         self._attachments.discard(attachment)
+        if self._held is not None and not any(one.acknowledges for one in self._attachments):
+            self._watch_hold(HOLD)
         self.update_flow()
         self._watch_idle()
         if not self._attachments:
@@ -169,9 +183,12 @@ class CommandSession:
 
     def update_flow(self) -> None:
         """Pause or resume reading, after a cursor moved or a client came or went."""
-        for pipe in self._pipes():
-            positions = [cursor.offset for one in self._attachments for cursor in one.cursors if cursor.pipe is pipe]
-            pipe.allow(pipe.ring.capacity - (pipe.ring.end - max(positions)) if positions else None)
+        for name, pipe in self._named():
+            read = [cursor.offset for one in self._attachments for cursor in one.cursors if cursor.name == name]
+            needed = [max(read)] if read else []
+            if self._held is not None:
+                needed.append(max(self._held[name], pipe.ring.start))
+            pipe.allow(pipe.ring.capacity - (pipe.ring.end - min(needed)) if needed else None)
 
     def abandon(self) -> None:
         """The sandbox is gone: end the session now, as killed; idempotent."""
@@ -179,6 +196,9 @@ class CommandSession:
 
     def _pipes(self) -> tuple[OutputPipe, ...]:
         return (self.stdout,) if self.stderr is None else (self.stdout, self.stderr)
+
+    def _named(self) -> list[tuple[StreamName, OutputPipe]]:
+        return [("stdout", self.stdout)] if self.stderr is None else [("stdout", self.stdout), ("stderr", self.stderr)]
 
     def _changed(self) -> None:
         self._activity.set()
@@ -211,6 +231,20 @@ class CommandSession:
         if self._attachments or self.outcome is not None or idle is None:
             return
         self._idle_timer = self._loop.call_later(max(idle, at_least), self._start_kill, f"no client for {idle:g} s")
+
+    def _watch_hold(self, seconds: float | None = None) -> None:
+        if self._hold_timer is not None:
+            self._hold_timer.cancel()
+            self._hold_timer = None
+        if seconds is not None and self.outcome is None:
+            self._hold_timer = self._loop.call_later(seconds, self._release)
+
+    def _release(self) -> None:
+        """The client that acknowledged does not come back: its output is held no more."""
+        if self._held is not None:
+            self._held = None
+            self._watch_hold()
+            self.update_flow()
 
     async def _settle(self) -> None:
         """Wait for the process, then for the end of its output, and set the outcome.
@@ -245,7 +279,7 @@ class CommandSession:
         if self.outcome is not None:
             return
         self.outcome = outcome
-        for timer in (self._timeout_timer, self._idle_timer):
+        for timer in (self._timeout_timer, self._idle_timer, self._hold_timer):
             if timer is not None:
                 timer.cancel()
         self._stdin.stop()
@@ -261,49 +295,3 @@ class CommandSession:
         self.finished.set()
         self._changed()
         self._on_finished(self)
-
-
-class _Cursor:
-    """How far one client has read one stream."""
-
-    def __init__(self, name: StreamName, pipe: OutputPipe, offset: int) -> None:
-        self.name: StreamName = name
-        self.pipe = pipe
-        self.offset = pipe.ring.clamp(offset)  # of the next byte to deliver
-
-    def take(self, final: bool) -> Chunk | None:
-        """The next piece of text, or None when there is none yet. With `final` a cut-off character is delivered too."""
-        ring = self.pipe.ring
-        start = ring.clamp(self.offset)
-        data = ring.read(start, CHUNK)
-        text, size = decode_held(data, final and start + len(data) == ring.end)
-        if not size:
-            return None
-        self.offset = start + size
-        return Chunk(self.name, start, text, size)
-
-
-class Attachment:
-    """A client reading a command's output. Close it when done."""
-
-    def __init__(self, session: CommandSession, cursors: list[_Cursor]) -> None:
-        self.cursors = cursors  # one per stream
-        self.wake = asyncio.Event()  # set by the session when there may be something new
-        self._session = session
-
-    async def read(self) -> list[Chunk]:
-        """The next pieces of output, as they come; an empty list when the command has ended and all is delivered."""
-        while True:
-            self.wake.clear()
-            final = self._session.outcome is not None
-            chunks = [chunk for cursor in self.cursors if (chunk := cursor.take(final)) is not None]
-            if chunks:
-                self._session.update_flow()
-                return chunks
-            if final:
-                return []
-            await self.wake.wait()
-
-    def close(self) -> None:
-        """Stop reading; idempotent."""
-        self._session.detach(self)

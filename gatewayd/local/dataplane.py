@@ -7,8 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from gatewayd.local.commands import Attachment, CommandOptions, CommandSession
+from gatewayd.local.attachment import Attachment
+from gatewayd.local.commands import CommandOptions, CommandSession
 from gatewayd.local.envelope import ServiceError, unsupported
+from gatewayd.local.exec_sse import gone
 from gatewayd.local.execution import spawn, spawn_failure
 from gatewayd.local.models import ExecuteBody
 from gatewayd.local.registry import TooManyCommands
@@ -46,7 +48,6 @@ async def execute(request: Request, box_id: str, body: ExecuteBody) -> dict[str,
 
 @router.post("/dataplane/{_box_id}/glob")
 @router.post("/dataplane/{_box_id}/grep")
-@router.post("/dataplane/{_box_id}/execute/stream/{_step}")
 async def not_here() -> None:
     """What later clients of the protocol may ask for; a plain 404 would read as a missing file."""
     raise unsupported("this service has no such operation; run a command through /execute or /execute/ws")
@@ -65,10 +66,10 @@ def _answer(session: CommandSession, output: dict[str, str] | None) -> dict[str,
 async def _collect(request: Request, attachment: Attachment) -> dict[str, str] | None:
     """All output until the end of the command, or of the client; None when there is too much."""
     owner = TaskOwner("execute")
-    gone = owner.start(_disconnected(request), "watch client")
+    leaving = owner.start(gone(request.receive), "watch client")
     reading = owner.start(_read_all(attachment), "read output")
     try:
-        await asyncio.wait({gone, reading}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({leaving, reading}, return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
             raise ServiceError(400, "CommandError", "the client went away; the command was killed")
         output: dict[str, str] | None = reading.result()
@@ -87,9 +88,3 @@ async def _read_all(attachment: Attachment) -> dict[str, str] | None:
             if sizes[chunk.stream] > MAX_OUTPUT:
                 return None
     return {name: "".join(texts) for name, texts in parts.items()}
-
-
-async def _disconnected(request: Request) -> None:
-    """Return when the client has gone away; the body was read before."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

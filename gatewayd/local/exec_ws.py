@@ -13,10 +13,11 @@ from fastapi import APIRouter, WebSocket
 from pydantic import ValidationError
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
+from gatewayd.local.attachment import Attachment
 from gatewayd.local.boxes import Boxes
-from gatewayd.local.commands import Attachment, CommandOptions, CommandSession, TooManyClients
+from gatewayd.local.commands import CommandSession, TooManyClients
 from gatewayd.local.envelope import ServiceError, error_response, printable
-from gatewayd.local.execution import spawn, spawn_failure
+from gatewayd.local.execution import options_of, spawn, spawn_failure
 from gatewayd.local.models import ExecuteMessage, ReconnectMessage
 from gatewayd.local.registry import ExpiredCommand, TooManyCommands, UnknownCommand
 from gatewayd.local.runtime.base import RuntimeFailure
@@ -103,8 +104,9 @@ async def _begin(message: Mapping[str, Any], sandbox: Sandbox, run: Run) -> tupl
     try:
         if kind == "execute":
             wanted = ExecuteMessage.model_validate(message)
+            options = options_of(wanted, kill_on_disconnect=wanted.kill_on_disconnect)
             session = await run.commands.get_or_start(
-                wanted.command_id, _options(wanted), lambda: spawn(run.box, sandbox.record, wanted, pty=wanted.pty)
+                wanted.command_id, options, lambda: spawn(run.box, sandbox.record, wanted, pty=wanted.pty)
             )
             if wanted.close_stdin:
                 session.close_stdin()
@@ -124,15 +126,6 @@ async def _begin(message: Mapping[str, Any], sandbox: Sandbox, run: Run) -> tupl
     except (OSError, RuntimeFailure) as exc:
         raise CommandFailure("CommandError", spawn_failure(exc)) from exc
     raise CommandFailure("CommandError", f"the first message is execute or reconnect, not {str(kind)[:40]!r}")
-
-
-def _options(message: ExecuteMessage) -> CommandOptions:
-    return CommandOptions(
-        timeout=message.timeout_seconds or None,
-        idle_timeout=message.idle_timeout_seconds if message.idle_timeout_seconds >= 0 else None,
-        ttl=message.ttl_seconds if message.ttl_seconds >= 0 else None,
-        kill_on_disconnect=message.kill_on_disconnect,
-    )
 
 
 def _describe(exc: ValidationError) -> str:

@@ -6,7 +6,8 @@ import errno
 from collections.abc import Mapping
 from typing import Any
 
-from gatewayd.local.models import CommandBody
+from gatewayd.local.commands import CommandOptions
+from gatewayd.local.models import CommandBody, SessionBody
 from gatewayd.local.runtime.base import DEFAULT_SHELL, Box, Process, SpawnSpec
 from gatewayd.local.store import Record
 
@@ -51,3 +52,13 @@ def spawn_failure(exc: Exception) -> str:
         place = f": {exc.filename}" if isinstance(exc.filename, str) else ""
         return f"cannot run the command: {exc.strerror or exc}{place}"
     return f"cannot run the command: {exc}"
+
+
+def options_of(body: SessionBody, *, kill_on_disconnect: bool = False) -> CommandOptions:
+    """How long the command and its session live, out of the request's fields."""
+    return CommandOptions(
+        timeout=body.timeout_seconds or None,
+        idle_timeout=body.idle_timeout_seconds if body.idle_timeout_seconds >= 0 else None,
+        ttl=body.ttl_seconds if body.ttl_seconds >= 0 else None,
+        kill_on_disconnect=kill_on_disconnect,
+    )

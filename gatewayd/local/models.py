@@ -100,6 +100,17 @@ def _not_here(what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _one_way(what: str) -> AfterValidator:
+    """Refuse what /execute/stream cannot carry."""
+
+    def check(value: Any) -> Any:
+        if value:
+            raise ValueError(f"{what} needs /execute/ws: a stream of events has no way back to the command")
+        return value
+
+    return AfterValidator(check)
+
+
 def _proxy_config(value: Any) -> Any:
     if isinstance(value, dict) and not any(value.values()):
         return None
@@ -204,13 +215,18 @@ class ExecuteBody(CommandBody):
     timeout: Annotated[float, Field(strict=True, ge=0, le=MAX_TTL)] = 60  # seconds, 0: none
 
 
-class ExecuteMessage(CommandBody):
-    """The first message of /execute/ws when it starts a command."""
+class SessionBody(CommandBody):
+    """A command that outlives the request: the fields that /execute/ws and /execute/stream share."""
 
-    command_id: CommandId | None = None
+    command_id: CommandId | None = None  # chosen by the client: a repeated request does not run the command twice
     timeout_seconds: Annotated[float, Field(strict=True, ge=0, le=MAX_TTL)] = 0  # 0: none
     idle_timeout_seconds: Annotated[float, Field(strict=True, le=MAX_TTL)] = 300  # negative: never
     ttl_seconds: Annotated[float, Field(strict=True, le=MAX_TTL)] = 600  # negative: for ever
+
+
+class ExecuteMessage(SessionBody):
+    """The first message of /execute/ws when it starts a command."""
+
     kill_on_disconnect: StrictBool = False
     pty: StrictBool = False
     close_stdin: StrictBool = False
@@ -225,8 +241,18 @@ class ExecuteMessage(CommandBody):
         return self
 
 
+class StreamBody(SessionBody):
+    """POST /execute/stream/start: output only, so what needs a way back to the command is refused."""
+
+    command: Annotated[Text, Field(min_length=1)]
+    close_stdin: StrictBool = True  # whatever it says, stdin is empty
+    pty: Annotated[Any, _one_way("pty")] = None
+    kill_on_disconnect: Annotated[Any, _one_way("kill_on_disconnect")] = None
+    ssh_agent_forward: Annotated[Any, _one_way("ssh_agent_forward")] = None
+
+
 class ReconnectMessage(BaseModel):
-    """The first message of /execute/ws when it takes up a command again."""
+    """Taking up a command again: the first message of /execute/ws for that, and POST /execute/stream/resume."""
 
     command_id: CommandId
     stdout_offset: Annotated[StrictInt, Field(ge=0)] = 0

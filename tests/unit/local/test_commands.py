@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gatewayd.local import commands
-from gatewayd.local.commands import Attachment, CommandSession, TooManyClients
+from gatewayd.local.attachment import Attachment
+from gatewayd.local.commands import CommandSession, TooManyClients
 
 if TYPE_CHECKING:
     from tests.unit.local.conftest import MakeSession
