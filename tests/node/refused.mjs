@@ -1,0 +1,58 @@
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { client, done, fails, get, name, ok, refused, sdk, seen } from "./harness.mjs";
+
+const c = client();
+const invalid = "LangSmithValidationError";
+const said = {};
+const [snapshot] = await ok(c, "listSnapshots");
+await ok(c, "getSnapshot", snapshot.id);
+await ok(c, "waitForSnapshot", snapshot.id);
+for (const method of ["getSnapshot", "waitForSnapshot"]) await fails(c, method, "LangSmithResourceNotFoundError", "nobody");
+said.createSnapshot = await refused(c, "createSnapshot", invalid, name, "python:3.12", 1 << 30);
+said.deleteSnapshot = await refused(c, "deleteSnapshot", invalid, snapshot.id);
+const context = mkdtempSync(join(tmpdir(), "conformance-"));
+writeFileSync(join(context, "Dockerfile"), "FROM scratch\n");
+said.dockerfile = await refused(c, "createSnapshotFromDockerfile", "LangSmithResourceCreationError", name, "Dockerfile", { context });
+rmSync(context, { recursive: true });
+
+const box = await c.createSandbox({ name });
+said.capture = await refused(c, "captureSnapshot", invalid, name, "captured");
+said.captureHere = await refused(box, "captureSnapshot", invalid, "captured");
+said.download = await refused(c, "generateDownloadURL", invalid, name, "/file");
+said.downloadHere = await refused(box, "generateDownloadURL", invalid, "/file");
+said.service = await refused(c, "serviceUrl", invalid, name, { port: 8000 });
+await box.delete();
+
+const registries = await get(c, "registries");
+const account = { name, url: "registry.example.com", username: "robot", password: "x" };
+for (const [method, args] of [["create", [account]], ["retrieve", [name]], ["update", [name, {}]], ["list", []], ["delete", [name]]]) {
+  const error = await registries[method](...args).then(() => null, (caught) => caught);
+  said[`registries.${method}`] = await refused(registries, method, error?.constructor.name, ...args);
+}
+
+const secret = sdk.opaqueSecret("x");
+const rule = { name: "r", matchHosts: ["example.com"], headers: [{ name: "X", ...secret }, { name: "Y", ...sdk.workspaceSecret("Y") }] };
+const aws = sdk.awsAuth({ accessKeyId: secret, secretAccessKey: secret });
+const gcp = sdk.gcpAuth({ serviceAccountJson: secret, scopes: ["s"] });
+const at = { id: "m", mountPath: "/mnt/m" };
+const configs = [
+  [["proxyConfig", "opaqueSecret", "workspaceSecret"], { proxyConfig: sdk.proxyConfig({ rules: [rule] }) }],
+  [["awsAuth"], { proxyConfig: sdk.proxyConfig({ rules: [aws] }) }],
+  [["gcpAuth"], { proxyConfig: sdk.proxyConfig({ rules: [gcp] }) }],
+  [["mountConfig", "s3Mount"], { mountConfig: sdk.mountConfig({ mounts: [sdk.s3Mount({ ...at, bucket: "b" })], auth: [aws] }) }],
+  [["gitMount"], { mountConfig: sdk.mountConfig({ mounts: [sdk.gitMount({ ...at, remoteUrl: "https://example.com/x.git" })] }) }],
+  [["gcsMount"], { mountConfig: sdk.mountConfig({ mounts: [sdk.gcsMount({ ...at, bucket: "b" })], auth: [gcp] }) }],
+  [["contextHubMount"], { mountConfig: sdk.mountConfig({ mounts: [sdk.contextHubMount({ ...at, repo: "a/b" })] }) }],
+];
+for (const [builders, options] of configs) {
+  said[builders[0]] = await fails(c, "createSandbox", invalid, { name, ...options });
+  for (const builder of builders) seen(builder, "refused");
+}
+const delegation = { mode: "INHERIT" };
+sdk.validateAccessDelegation(delegation);
+said.delegation = await fails(c, "createSandbox", invalid, { name, accessDelegation: delegation });
+seen("validateAccessDelegation", "refused");
+const left = (await c.listSandboxes()).filter((one) => one.name === name).length;
+done({ said, left });
