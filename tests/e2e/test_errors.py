@@ -9,6 +9,7 @@ import socket
 import stat
 from pathlib import Path
 
+import psutil
 import pytest
 
 from .conftest import Gateway, serve, wait_until
@@ -191,11 +192,9 @@ def test_what_holds_secrets_is_the_users_alone(gateway: Gateway, box: str) -> No
 
 def test_nothing_listens_off_loopback(gateway: Gateway, box: str) -> None:
     with gateway.tunnel(box, 80) as tunnel:
-        listeners = gateway.run("ss", "-Hltn").stdout.decode()
         ours = {tunnel.port, int(re.sub(r".*:", "", gateway.service["endpoint"]))}
-        for line in listeners.splitlines():
-            address, _, port = line.split()[3].rpartition(":")
-            if int(port) in ours:
-                assert address == "127.0.0.1"
-                ours.discard(int(port))
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ours:
+                assert connection.laddr.ip == "127.0.0.1"
+                ours.discard(connection.laddr.port)
         assert ours == set()
