@@ -16,7 +16,7 @@ from gatewayd.local.runtime.idmap import IdMap
 from gatewayd.local.runtime.inside import seccomp
 
 _DEADLINE = 10.0  # seconds for one trial
-_SEARCH = os.defpath + ":/usr/local/bin:/usr/sbin:/sbin"  # a service's own PATH may be a user's
+SEARCH = os.defpath + ":/usr/local/bin:/usr/sbin:/sbin"  # a service's own PATH may be a user's
 _BUBBLEWRAP = (0, 5)  # the first with --perms
 _DISK_TOOLS = ("mkfs.ext4", "e2fsck", "resize2fs")
 _LIMITED = {"memory": "mem_bytes", "cpu": "vcpus", "pids": "the number of processes"}  # controller → what it limits
@@ -24,7 +24,7 @@ _LIMITED = {"memory": "mem_bytes", "cpu": "vcpus", "pids": "the number of proces
 
 def find_bubblewrap() -> str | None:
     """Absolute path of bwrap(1)."""
-    return shutil.which("bwrap", path=_SEARCH)
+    return shutil.which("bwrap", path=SEARCH)
 
 
 def why_no_disk_limits() -> str:
@@ -33,7 +33,7 @@ def why_no_disk_limits() -> str:
         return "only root may mount a disk of a fixed size"
     if not Path("/dev/loop-control").exists():
         return "there are no loop devices here"
-    missing = [name for name in _DISK_TOOLS if shutil.which(name, path=_SEARCH) is None]
+    missing = [name for name in _DISK_TOOLS if shutil.which(name, path=SEARCH) is None]
     return f"{', '.join(missing)} not installed" if missing else ""
 
 
@@ -43,7 +43,7 @@ async def _try(*command: str, cwd: Path | None = None) -> tuple[bool, str]:
         process = await asyncio.create_subprocess_exec(
             *command,
             cwd=cwd,
-            env={"PATH": _SEARCH, "LC_ALL": "C"},
+            env={"PATH": SEARCH, "LC_ALL": "C"},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -4,6 +4,7 @@ On disk, below the state folder::
 
     bases/HASH/          the default snapshot's layer (`rootfs`)
     boxes/ID/upper/      what the sandbox wrote; work/ is overlayfs's own
+    boxes/ID/disk.img    both of them instead, on a disk of limited size, mounted on disk/ where nobody else sees it
     boxes/ID/base        the name of the layer it was made on
     trash/               disks being deleted
 
@@ -20,10 +21,10 @@ import os
 import signal
 from pathlib import Path
 
-from gatewayd.local.runtime import cgroups, checks, idmap, rootfs
+from gatewayd.local.runtime import cgroups, checks, disk, idmap, rootfs
 from gatewayd.local.runtime.base import BoxSpec, Finding, RuntimeFailure, box_dir
 from gatewayd.local.runtime.checks import find_bubblewrap
-from gatewayd.local.runtime.inside import seccomp
+from gatewayd.local.runtime.inside import loopdisk, seccomp
 from gatewayd.local.runtime.nativebox import NativeBox
 from gatewayd.tasks import TaskOwner
 
@@ -50,8 +51,8 @@ class NativeRuntime:
         self._tasks = TaskOwner("native")  # one watcher for each running box
         self._ends: set[asyncio.Future[str]] = set()  # `ended` of each running box
 
-    def _note(self, limits: cgroups.Limits) -> str:
-        notes = [limits.note] if limits.note else []
+    def _note(self, *limits: str) -> str:
+        notes = [note for note in limits if note]
         if not self._call_filter:
             notes.append(_NOTE_NO_FILTER)
         if self._ids.method == "single":
@@ -83,13 +84,15 @@ class NativeRuntime:
         if bwrap is None:
             raise RuntimeFailure("cannot start the sandbox: bubblewrap is not installed (apt-get install bubblewrap)")
         try:
-            base = await asyncio.to_thread(self._prepare_disk, spec.id)
+            base, disk_note = await asyncio.to_thread(self._prepare_disk, spec)
             limits = self._cgroups.create(spec.id, spec.vcpus, spec.mem_bytes)
         except OSError as exc:
             raise RuntimeFailure(f"cannot start the sandbox: {exc.strerror}") from exc
-        box = NativeBox(spec, self._note(limits))
+        box = NativeBox(spec, self._note(limits.note, disk_note))
+        folder = box_dir(self._state_dir, spec.id)
         plan = {
-            "box_dir": str(box_dir(self._state_dir, spec.id)),
+            "box_dir": str(folder),
+            "disk": (folder / loopdisk.IMAGE).exists(),
             "lower": f"../../bases/{base}",
             "id_map": self._ids.plan(),
             "cgroups": [str(folder) for folder in limits.folders],
@@ -120,24 +123,27 @@ class NativeRuntime:
         own = ["--proc", "/proc", "--dev", "/dev", *shared, "--perms", "755", "--tmpfs", "/run"]
         return ["--ro-bind", "/usr", "/usr", *own, *hidden]
 
-    def _prepare_disk(self, box_id: str) -> str:
-        """Make what is missing of a box's folder; returns the name of its base layer."""
+    def _prepare_disk(self, spec: BoxSpec) -> tuple[str, str]:
+        """Make what is missing of a box's folder; returns the name of its base layer and what of its size is not enforced."""
         bases = self._state_dir / "bases"
-        folder = box_dir(self._state_dir, box_id)
+        folder = box_dir(self._state_dir, spec.id)
         marker = folder / _BASE_MARKER
         if marker.is_file() and (bases / (name := marker.read_text().strip())).is_dir():
-            return name
+            return name, disk.prepare(folder, spec.fs_capacity_bytes)
         bases.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = rootfs.ensure_base(bases, self._ids.root_uid, self._ids.root_gid)
-        for path in (folder.parent, folder, folder / "upper", folder / "work"):
+        for path in (folder.parent, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in (folder / "upper", folder / "work"):
-            os.chown(path, self._ids.root_uid, self._ids.root_gid)
-        (folder / "upper").chmod(0o755)  # the sandbox's root folder
+        note = disk.prepare(folder, spec.fs_capacity_bytes)
+        if not (folder / loopdisk.IMAGE).exists():
+            for path in (folder / "upper", folder / "work"):
+                path.mkdir(mode=0o700, exist_ok=True)
+                os.chown(path, self._ids.root_uid, self._ids.root_gid)
+            (folder / "upper").chmod(0o755)  # the sandbox's root folder
         draft = marker.with_suffix(".new")
         draft.write_text(name)
         draft.rename(marker)
-        return name
+        return name, note
 
     async def remove(self, box_id: str) -> None:
         """Delete a stopped sandbox's disk; no error when there is none."""

@@ -29,7 +29,7 @@ async def test_a_machine_that_runs_sandboxes_says_so(runtime: NativeRuntime, tmp
 
 
 async def test_what_is_missing_comes_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checks, "_SEARCH", str(tmp_path))
+    monkeypatch.setattr(checks, "SEARCH", str(tmp_path))
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "n", "6", "v", "riscv64")))
     single = idmap.IdMap("single", ((0, 1001, 1),), ((0, 1001, 1),))
     found = {finding.what: finding for finding in await checks.examine(tmp_path, single, {"pids"})}

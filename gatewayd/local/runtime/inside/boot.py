@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gatewayd.local.runtime.inside import agent, kernel
+from gatewayd.local.runtime.inside import agent, kernel, loopdisk
 
 _DEADLINE = 15.0  # seconds for bubblewrap to report that the sandbox stands
 _MOUNTPOINTS = ("/mnt", "/media", "/srv", "/opt")  # a folder every user may pass through; used in a private mount namespace only
@@ -41,7 +41,7 @@ class Tree:
 
 
 class _Pipes:
-    """What the processes of a boot tell each other; every end is closed by `close`."""
+    """What the processes of a boot tell each other; every end is closed by `keep`."""
 
     def __init__(self) -> None:
         self.pids_r, self.pids_w = os.pipe()  # frame → monitor: pids of launcher and joiner
@@ -54,10 +54,14 @@ class _Pipes:
         self._open = set(vars(self).values())
 
     def close(self, *fds: int) -> None:
-        """Close these, or all that are still open."""
-        for fd in fds or tuple(self._open):
+        """Close these."""
+        for fd in fds:
             self._open.discard(fd)
             os.close(fd)
+
+    def keep(self, *fds: int) -> None:
+        """Close all others that are still open: a child that holds a writing end would hide that everybody else has gone."""
+        self.close(*(self._open - set(fds)))
 
 
 def boot(plan: dict[str, Any], tree: Tree, channel: socket.socket) -> None:
@@ -90,7 +94,7 @@ def boot(plan: dict[str, Any], tree: Tree, channel: socket.socket) -> None:
         detail = _read(pipes.error_r, _MAX_STDERR, time.monotonic() + 0.5).decode("utf-8", "replace").strip()
         raise BootError(detail or f"not up within {_DEADLINE:.0f} s")
     finally:
-        pipes.close()
+        pipes.keep()
 
 
 def _read(fd: int, size: int, deadline: float, end: bytes = b"") -> bytes:
@@ -132,7 +136,8 @@ def _child(pipes: _Pipes, body: Callable[[], None]) -> NoReturn:
         body()
         status = 0
     except BaseException as exc:  # noqa: BLE001 - as above
-        os.write(pipes.error_w, f"{explain(exc)}\n".encode()[:_MAX_STDERR])
+        with contextlib.suppress(OSError):
+            os.write(pipes.error_w, f"{explain(exc)}\n".encode()[:_MAX_STDERR])
     os._exit(status)
 
 
@@ -152,6 +157,7 @@ def _frame(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
 
 def _launch(plan: dict[str, Any], pipes: _Pipes) -> None:
     """User namespace, overlay, then become bubblewrap."""
+    pipes.keep(pipes.mapped_w, pipes.go_r, pipes.info_w, pipes.ready_w, pipes.error_w)
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
@@ -160,7 +166,7 @@ def _launch(plan: dict[str, Any], pipes: _Pipes) -> None:
     target = next(path for path in _MOUNTPOINTS if Path(path).is_dir())
     privileged = plan["id_map"]["method"] == "direct"
     if privileged:  # root's own overlay, made while the state folder can still be read
-        _mount_overlay(plan["lower"], target)
+        _mount_overlay(plan, target)
     kernel.unshare(kernel.CLONE_NEWUSER)
     os.write(pipes.mapped_w, b"x")
     if os.read(pipes.go_r, 1) != b"x":
@@ -169,7 +175,7 @@ def _launch(plan: dict[str, Any], pipes: _Pipes) -> None:
     if privileged:
         kernel.unshare(kernel.CLONE_NEWNS)
     else:
-        _mount_overlay(plan["lower"], target)
+        _mount_overlay(plan, target)
     kernel.die_with_parent(signal.SIGKILL)
     if os.getppid() == 1:  # the monitor died before that call
         return
@@ -193,10 +199,15 @@ def _memory_file(content: bytes) -> int:
     return fd
 
 
-def _mount_overlay(lower: str, target: str) -> None:
+def _mount_overlay(plan: dict[str, Any], target: str) -> None:
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("none", "/", "none", kernel.MS_REC | kernel.MS_PRIVATE)
-    kernel.mount("overlay", target, "overlay", 0, f"lowerdir={lower},upperdir=upper,workdir=work,userxattr")
+    upper, work = "upper", "work"
+    if plan["disk"]:
+        id_map = plan["id_map"]
+        loopdisk.mount((id_map["uid"][0][1], id_map["gid"][0][1]), time.monotonic() + _DEADLINE / 2)
+        upper, work = f"{loopdisk.MOUNTPOINT}/upper", f"{loopdisk.MOUNTPOINT}/work"
+    kernel.mount("overlay", target, "overlay", 0, f"lowerdir={plan['lower']},upperdir={upper},workdir={work},userxattr")
 
 
 def _become_root_inside() -> None:
@@ -208,6 +219,7 @@ def _become_root_inside() -> None:
 
 def _join(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
     """Enter the sandbox's namespaces when told to, and leave the agent there."""
+    pipes.keep(pipes.enter_r, pipes.error_w)
     kernel.rename("gatewayd-agent")
     pid = os.read(pipes.enter_r, 32).decode()
     if not pid:
@@ -220,5 +232,5 @@ def _join(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
         os.close(fd)
     _become_root_inside()
     if os.fork() == 0:  # only a child is inside the new pid namespace
-        pipes.close()
+        pipes.keep()
         agent.run(channel, bytes.fromhex(plan["seccomp"]))

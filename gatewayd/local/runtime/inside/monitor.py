@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[4]))  # -I -S leaves our own packages out
 
-from gatewayd.local.runtime.inside import kernel, packets
+from gatewayd.local.runtime.inside import kernel, loopdisk, packets
 from gatewayd.local.runtime.inside.boot import BootError, Tree, boot, explain
 
 _CLEANUP_DEADLINE = 5.0  # seconds for the killed processes to be gone and their control groups to be let go
@@ -77,6 +77,9 @@ def _end(plan: dict[str, Any], tree: Tree) -> None:
             os.kill(tree.bubblewrap, signal.SIGKILL)
     deadline = time.monotonic() + _CLEANUP_DEADLINE
     _reap_all(deadline)
+    if plan["disk"]:  # unmounted with its namespace: a moment after the last process
+        with contextlib.suppress(OSError):
+            os.close(loopdisk.lock(f"{plan['box_dir']}/{loopdisk.IMAGE}", deadline))
     for folder in plan["cgroups"]:
         while time.monotonic() < deadline:
             try:
