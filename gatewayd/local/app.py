@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from gatewayd.local import dataplane, exec_sse, exec_ws, files, rest_server
+from gatewayd.local import dataplane, exec_sse, exec_ws, files, rest_server, search
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import STATUS_TYPES, ServiceError, error_response, validation_response
 from gatewayd.local.guard import Guard, GuardMiddleware
@@ -22,7 +22,7 @@ def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
     app.state.boxes = boxes
     for prefix in rest_server.PREFIXES:
         app.include_router(rest_server.router, prefix=prefix)
-    for router in (dataplane.router, exec_sse.router, exec_ws.router, files.router):
+    for router in (dataplane.router, exec_sse.router, exec_ws.router, files.router, search.router):
         app.include_router(router)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid)

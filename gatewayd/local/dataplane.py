@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from gatewayd.local.attachment import Attachment
 from gatewayd.local.commands import CommandOptions, CommandSession
-from gatewayd.local.envelope import ServiceError, unsupported
+from gatewayd.local.envelope import ServiceError
 from gatewayd.local.exec_sse import gone
 from gatewayd.local.execution import spawn, spawn_failure
 from gatewayd.local.models import ExecuteBody
@@ -44,13 +44,6 @@ async def execute(request: Request, box_id: str, body: ExecuteBody) -> dict[str,
         finally:
             attachment.close()
     return _answer(session, output)
-
-
-@router.post("/dataplane/{_box_id}/glob")
-@router.post("/dataplane/{_box_id}/grep")
-async def not_here() -> None:
-    """What later clients of the protocol may ask for; a plain 404 would read as a missing file."""
-    raise unsupported("this service has no such operation; run a command through /execute or /execute/ws")
 
 
 def _answer(session: CommandSession, output: dict[str, str] | None) -> dict[str, Any]:

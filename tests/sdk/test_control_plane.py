@@ -228,7 +228,6 @@ def test_refusals_have_one_shape_and_an_id_that_the_log_has(service: Service, sa
             (http.post("/v2/sandboxes/boxes", json={"name": sandbox.name}), 409, "Conflict"),
             (http.post("/v2/sandboxes/snapshots", json={}), 422, "Unsupported"),
             (http.post(f"/v2/sandboxes/boxes/{sandbox.name}/service-url", json={"port": 1}), 422, "Unsupported"),
-            (http.post(f"/dataplane/{sandbox.id}/glob", json={"pattern": "*", "path": "/"}), 422, "Unsupported"),
             (http.get("/v2/sandboxes/boxes", headers={"X-Api-Key": "wrong"}), 401, "Unauthorized"),
             (http.get("/v2/sandboxes/boxes", headers={"Host": "evil.example"}), 403, "Forbidden"),
             (http.post("/v2/sandboxes/boxes", content=b" " * (17 << 20)), 413, "PayloadTooLarge"),
