@@ -194,7 +194,8 @@ def test_nothing_listens_off_loopback(gateway: Gateway, box: str) -> None:
     with gateway.tunnel(box, 80) as tunnel:
         ours = {tunnel.port, int(re.sub(r".*:", "", gateway.service["endpoint"]))}
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ours:
-                assert connection.laddr.ip == "127.0.0.1"
-                ours.discard(connection.laddr.port)
+            address = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and address and address.port in ours:
+                assert address.ip == "127.0.0.1"
+                ours.discard(address.port)
         assert ours == set()
