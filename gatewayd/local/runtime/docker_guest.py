@@ -211,7 +211,7 @@ say done
 ABORT = r"""t=$(printf '%b.' "$3"); rm -f -- "${t%.}" """
 
 # Arguments: token, user, signal number, process group.
-SIGNAL = r"""kill "-$3" -- "-$4" """
+SIGNAL = r"""kill -s "$3" -- "-$4" """
 
 # For python3 inside: arguments are token and port. Says "open PID" or "refused ERRNO", then is the connection; "eof" when the
 # server has no more to send.

@@ -161,7 +161,7 @@ async def spawn(execs: Execs, tasks: TaskOwner, spec: SpawnSpec) -> DockerProces
         async with asyncio.timeout(_START_DEADLINE):
             first = await pump.first()
             if not isinstance(first, Record):
-                await execs.started(exec_id, spec.user, first or b"")
+                await execs.started(exec_id, spec.user, first)
                 raise RuntimeFailure("the sandbox's shell cannot start a process")
     except TimeoutError:
         pump.close()

@@ -17,6 +17,7 @@ from gatewayd.local.runtime.docker_wire import STDERR, STDOUT, Frames, Record, R
 
 LIMIT = 1024 * 1024  # bytes of one stream that wait for its reader beyond what the pipe holds
 _CHUNK = 64 * 1024  # bytes a read: what a pipe holds
+_MAX_EARLY = 64  # pieces of stderr that may come before the first of stdout
 _PATIENCE = 0.1  # seconds that bytes which may begin a record are held back
 
 
@@ -122,15 +123,22 @@ class Pump:
         self._queue: deque[tuple[int, bytes | Record]] = deque()  # pieces of streams not yet passed on
         self.error: str | None = None  # why the connection was given up
 
-    async def first(self) -> bytes | Record | None:
-        """The first piece of any stream, or None at the end.
+    async def first(self) -> Record | bytes:
+        """The first record of stdout; what came in its place when there is none.
 
-        It is a record when our script runs, and a message of the daemon's when the process could not be started.
+        stderr may be ahead of it: Docker copies the two one by one. Messages of the daemon, which tell that the process could not
+        be started, come on either and then end the connection.
         """
-        while not self._queue:
-            if not await self._fill():
-                return None
-        return self._queue.popleft()[1]
+        seen = 0  # pieces looked at
+        while True:
+            for at in range(seen, len(self._queue)):
+                stream, piece = self._queue[at]
+                if stream == STDOUT:
+                    del self._queue[at]
+                    return piece
+            seen = len(self._queue)
+            if seen > _MAX_EARLY or not await self._fill():
+                return b"".join(piece for _, piece in self._queue if isinstance(piece, bytes))
 
     def plain(self) -> None:
         """No more records from here on: a terminal's bytes are passed on as they are."""
