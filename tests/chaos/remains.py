@@ -8,7 +8,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -101,6 +101,11 @@ class Footprint:
     loops: int  # loop devices
     disks: int  # sandboxes with a folder
     trash: int  # disks half deleted
+
+    def beyond(self, other: Footprint) -> dict[str, int]:
+        """By how much it is larger, and in what."""
+        mine, others = asdict(self), asdict(other)
+        return {name: mine[name] - others[name] for name in mine if mine[name] > others[name]}
 
 
 def footprint(pid: int, state_dir: Path) -> Footprint:
