@@ -16,12 +16,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from gatewayd.local.clock import Clock
 from gatewayd.local.envelope import ServiceError, not_found, printable
 from gatewayd.local.models import DEFAULT_DELETE_AFTER_STOP, DEFAULT_IDLE_TTL, CreateBody, PatchBody, RunConfig
 from gatewayd.local.names import generate_name
 from gatewayd.local.runtime.base import BoxSpec, Runtime, RuntimeFailure
 from gatewayd.local.sandbox import Run, Sandbox
-from gatewayd.local.store import Record, Store, now
+from gatewayd.local.storage import ADVICE, WriteFailure, is_full, refused, storage_full
+from gatewayd.local.store import Record, Store
 from gatewayd.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -31,15 +33,16 @@ STOP_DEADLINE = 20.0  # seconds a stop may take before it is called failed
 TUNNEL_DEADLINE = 3.0  # seconds the tunnels of a stopping sandbox get to end
 SHUTDOWN_DEADLINE = 7.0  # seconds all sandboxes get to stop when the service ends
 SHUTDOWN_GRACE = 1.0  # seconds between SIGTERM and SIGKILL inside sandboxes when the service ends
-DISK_NOTE = "fs_capacity_bytes is not enforced on this machine"
 
 
 class Boxes:
     """All sandboxes of this service. Use from the event loop only."""
 
-    def __init__(self, store: Store, runtime: Runtime) -> None:
+    def __init__(self, store: Store, runtime: Runtime, clock: Clock | None = None) -> None:
         self._store = store
         self._runtime = runtime
+        self.clock = clock or Clock()  # what TTLs go by
+        self._unsaved: set[str] = set()  # ids of sandboxes whose row is older than their record: the disk was full
         self._by_id: dict[str, Sandbox] = {}
         self._by_name: dict[str, Sandbox] = {}
         self._tasks = TaskOwner("boxes")
@@ -48,14 +51,15 @@ class Boxes:
     async def recover(self) -> None:
         """Take stock after a start: what ran when a service was killed is stopped, what was being deleted is deleted."""
         await self._runtime.recover()
+        self._store.reserve.keep()
         disks = await self._runtime.disks()
         for record in self._store.load():
-            sandbox = Sandbox(record)
+            sandbox = Sandbox(record, self.clock.monotonic)
             self._by_id[record.id] = self._by_name[record.name] = sandbox
             disks.discard(record.id)
             if record.status in ("ready", "provisioning"):
                 message = "stopped: the service that ran it ended without stopping it"
-                self._save(sandbox, status="stopped", status_message=message, stopped_at=now())
+                self._note(sandbox, status="stopped", status_message=message, stopped_at=self.clock.stamp())
                 log.info("sandbox %s: %s", record.name, message)
         for disk in sorted(disks):
             log.warning("disk %s belongs to no sandbox in the state file; it is left alone", printable(disk, 80))
@@ -90,13 +94,14 @@ class Boxes:
         """A new sandbox: ready if the body waits for that, else on its way there.
 
         Raises:
-            ServiceError: 409 the name is taken; 422 it cannot be started (nothing is left of it); 408 it is not ready in time.
+            ServiceError: 409 the name is taken; 422 it cannot be started, 507 the disk is full (nothing is left of it); 408 it is
+                not ready in time.
         """
         self._refuse_when_closing()
         name = body.name or generate_name(self._by_name)
         if name in self._by_name:
             raise ServiceError(409, "Conflict", f"Sandbox name '{name}' already in use")
-        time = now()
+        time = self.clock.stamp()
         record = Record(
             id=str(uuid.uuid4()),
             name=name,
@@ -112,8 +117,11 @@ class Boxes:
             env_vars=body.env_vars or {},
             run_config=body.run_config.model_dump(exclude_none=True) if body.run_config else None,
         )
-        self._store.insert(record)
-        sandbox = Sandbox(record)
+        try:
+            self._store.insert(record)
+        except WriteFailure as exc:
+            raise refused(exc) from exc
+        sandbox = Sandbox(record, self.clock.monotonic)
         self._by_id[record.id] = self._by_name[name] = sandbox
         log.info("sandbox %s (%s): created", name, record.id)
         starting = self._begin_start(sandbox)
@@ -127,7 +135,10 @@ class Boxes:
             raise ServiceError(408, "Timeout", message) from exc
         if sandbox.record.status == "failed":
             message = sandbox.record.status_message or "the sandbox could not be started"
+            full = sandbox.storage_full
             await self.delete(sandbox)
+            if full:
+                raise storage_full()
             raise ServiceError(422, "SandboxConfig", message)
         return sandbox
 
@@ -135,7 +146,7 @@ class Boxes:
         """Change what the body has. Resources count from the next start, run_config from the next command.
 
         Raises:
-            ServiceError: 409 the name is taken, or the sandbox is being deleted.
+            ServiceError: 409 the name is taken, or the sandbox is being deleted; 507 the disk is full (nothing has changed).
         """
         record = sandbox.record
         self._refuse_when_deleting(sandbox)
@@ -154,6 +165,8 @@ class Boxes:
             self._save(sandbox, **changes)
         except sqlite3.IntegrityError as exc:
             raise ServiceError(409, "Conflict", f"Sandbox name '{name}' already in use") from exc
+        except WriteFailure as exc:
+            raise refused(exc) from exc
         if name != record.name:
             del self._by_name[record.name]
             self._by_name[name] = sandbox
@@ -174,7 +187,8 @@ class Boxes:
         """Its present run, started if need be: what a data-plane request does.
 
         Raises:
-            ServiceError: 404 it is being deleted; 400 NotReady it cannot be started; 503 the service is ending.
+            ServiceError: 404 it is being deleted; 400 NotReady it cannot be started; 507 the disk is full; 503 the service is
+                ending.
         """
         self._refuse_when_closing()
         sandbox.touch()
@@ -182,6 +196,8 @@ class Boxes:
             raise not_found(sandbox.record.name)
         if sandbox.run is None:
             await asyncio.shield(self._begin_start(sandbox))
+        if sandbox.run is None and sandbox.storage_full:
+            raise storage_full()
         if sandbox.run is None:
             record = sandbox.record
             message = f"Sandbox '{record.name}' is {record.status}: {record.status_message or 'it was stopped again'}"
@@ -203,6 +219,8 @@ class Boxes:
             sandbox.deleting = self._tasks.start(self._delete(sandbox), f"delete {sandbox.record.id}")
         await asyncio.shield(sandbox.deleting)
         if sandbox.record.id in self._by_id:
+            if sandbox.storage_full:
+                raise storage_full()
             raise ServiceError(500, "InternalError", sandbox.record.status_message or "the sandbox could not be deleted")
 
     async def aclose(self) -> None:
@@ -230,22 +248,25 @@ class Boxes:
         async with sandbox.lock:
             if sandbox.run is not None or sandbox.record.status == "deleting" or self.ending.is_set():
                 return
-            self._save(sandbox, status="provisioning", status_message=None)
+            sandbox.storage_full = False
+            self._note(sandbox, status="provisioning", status_message=None)
             record = sandbox.record
             vcpus = None if record.millicores is None else record.millicores / 1000
-            spec = BoxSpec(record.id, record.name, vcpus, record.mem_bytes)
+            spec = BoxSpec(record.id, record.name, vcpus, record.mem_bytes, record.fs_capacity_bytes)
             try:
                 async with asyncio.timeout(START_DEADLINE):
                     box = await self._runtime.start(spec)
             except (RuntimeFailure, OSError, TimeoutError) as exc:
                 message = printable(str(exc)) if isinstance(exc, RuntimeFailure) else f"cannot start it: {type(exc).__name__}"
                 log.warning("sandbox %s: start failed: %s", record.name, printable(str(exc) or repr(exc)))
-                self._save(sandbox, status="failed", status_message=message)
+                sandbox.storage_full = is_full(exc) or not self._store.has_room
+                if sandbox.storage_full:
+                    message = f"cannot start it: {ADVICE}"
+                self._note(sandbox, status="failed", status_message=message)
                 return
             sandbox.run = run = Run(box, record.name)
             sandbox.touch()
-            notes = [box.limits_note, DISK_NOTE if record.fs_capacity_bytes is not None else ""]
-            self._save(sandbox, status="ready", status_message="; ".join(filter(None, notes)) or None, stopped_at=None)
+            self._note(sandbox, status="ready", status_message=box.limits_note or None, stopped_at=None)
             log.info("sandbox %s: ready", record.name)
             box.ended.add_done_callback(partial(self._on_ended, sandbox, run))
 
@@ -258,21 +279,36 @@ class Boxes:
         async with sandbox.lock:
             if sandbox.record.id not in self._by_id:
                 return
-            self._save(sandbox, status="deleting", status_message=None)
+            sandbox.storage_full = False
+            self._note(sandbox, status="deleting", status_message=None)
             record = sandbox.record
             try:
                 if sandbox.run is not None:
                     await self._halt(sandbox, sandbox.run, "", 0.0)
-                    self._save(sandbox, status="deleting", status_message=None)
-                await self._runtime.remove(record.id)
-            except (ServiceError, RuntimeFailure, OSError) as exc:
+                    self._note(sandbox, status="deleting", status_message=None)
+                await self._erase(record.id)
+            except (ServiceError, RuntimeFailure, WriteFailure, OSError) as exc:
                 log.warning("sandbox %s: delete failed: %s", record.name, printable(str(exc)))
-                self._save(sandbox, status="deleting", status_message="its disk cannot be removed; delete it again to retry")
+                sandbox.storage_full = is_full(exc)
+                what = "its record" if isinstance(exc, WriteFailure) else "its disk"
+                self._note(sandbox, status="deleting", status_message=f"{what} cannot be removed; delete it again to retry")
                 return
-            self._store.delete(record.id)
+            self._unsaved.discard(record.id)
             del self._by_id[record.id]
             del self._by_name[record.name]
             log.info("sandbox %s (%s): deleted", record.name, record.id)
+
+    async def _erase(self, box_id: str) -> None:
+        """Remove disk and row; on a full disk with the room kept for that."""
+        try:
+            await self._runtime.remove(box_id)
+            self._store.delete(box_id)
+        except (RuntimeFailure, WriteFailure, OSError) as exc:
+            if not is_full(exc):
+                raise
+            self._store.reserve.give_up()
+            await self._runtime.remove(box_id)
+            self._store.delete(box_id)
 
     async def _halt(self, sandbox: Sandbox, run: Run, why: str, grace: float) -> None:
         """End a run: first the box, so that commands end and tell their clients, then what hangs on it."""
@@ -287,7 +323,7 @@ class Boxes:
         await run.commands.aclose()
         if closing:
             await asyncio.wait(closing, timeout=TUNNEL_DEADLINE)
-        self._save(sandbox, status="stopped", status_message=why or None, stopped_at=now())
+        self._note(sandbox, status="stopped", status_message=why or None, stopped_at=self.clock.stamp())
         log.info("sandbox %s: stopped%s", sandbox.record.name, f" ({why})" if why else "")
 
     def _on_ended(self, sandbox: Sandbox, run: Run, ended: asyncio.Future[str]) -> None:
@@ -307,10 +343,34 @@ class Boxes:
         """Run to its end even if the one who asked goes away."""
         await asyncio.shield(self._tasks.start(coro, name))
 
+    def flush(self) -> None:
+        """Write the rows that could not be written when they changed, and keep room for deleting."""
+        self._store.reserve.keep()
+        for box_id in sorted(self._unsaved):
+            if (sandbox := self._by_id.get(box_id)) is None:
+                self._unsaved.discard(box_id)
+                continue
+            try:
+                self._save(sandbox)
+            except WriteFailure:
+                return
+            log.info("sandbox %s: its state is recorded again", sandbox.record.name)
+
     def _save(self, sandbox: Sandbox, **changes: Any) -> None:
-        record = replace(sandbox.record, updated_at=now(), **changes)
+        """Change a record, if it can be written. Raises WriteFailure."""
+        record = replace(sandbox.record, updated_at=self.clock.stamp(), **changes)
         self._store.save(record)
         sandbox.record = record
+        self._unsaved.discard(record.id)
+
+    def _note(self, sandbox: Sandbox, **changes: Any) -> None:
+        """Record what has happened: it is so whether or not it can be written now."""
+        try:
+            self._save(sandbox, **changes)
+        except WriteFailure as exc:
+            log.warning("sandbox %s: its state cannot be recorded yet: %s", sandbox.record.name, exc)
+            self._unsaved.add(sandbox.record.id)
+            sandbox.record = replace(sandbox.record, updated_at=self.clock.stamp(), **changes)
 
     def _refuse_when_closing(self) -> None:
         if self.ending.is_set():

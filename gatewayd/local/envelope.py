@@ -24,6 +24,7 @@ STATUS_TYPES = {  # the "error" of answers that no handler of ours made
     409: "Conflict",
     413: "PayloadTooLarge",
     503: "ServiceUnavailable",
+    507: "StorageFull",
 }
 
 

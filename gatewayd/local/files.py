@@ -255,5 +255,9 @@ def _file_error(kind: str, path: str, exc: OSError | RuntimeFailure) -> ServiceE
     message = f"cannot {verb} {path}: {exc.strerror or exc}"
     if kind == "ReadError" and exc.errno in (errno.ENOENT, errno.ENOTDIR):
         return ServiceError(404, "FileNotFound", message)
-    status = {errno.EACCES: 403, errno.EPERM: 403, errno.ENOSPC: 413, errno.EDQUOT: 413}.get(exc.errno or 0, 400)
+    if exc.errno == errno.ENOSPC:
+        message += ": free some in the sandbox, or on the machine that runs it"
+    status = {errno.EACCES: 403, errno.EPERM: 403, errno.ENOSPC: 507, errno.EDQUOT: 507, errno.EFBIG: 413}.get(
+        exc.errno or 0, 400
+    )
     return ServiceError(status, kind, message)

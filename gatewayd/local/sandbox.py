@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from gatewayd.local.registry import CommandRegistry
@@ -36,14 +36,16 @@ class Run:
 class Sandbox:
     """A sandbox. Its record is replaced, never changed, and always what the store holds."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.record = record
         self.run: Run | None = None  # set while the sandbox is ready
         self.lock = asyncio.Lock()  # held for each change of state: start, stop, delete
         self.starting: asyncio.Task[None] | None = None  # the start everybody waits for
         self.deleting: asyncio.Task[None] | None = None  # the deletion everybody waits for
         self._users = 0  # requests and attached clients now
-        self._last_use = time.monotonic()  # when the last of them ended, or the sandbox became ready
+        self.storage_full = False  # its last start or deletion failed for lack of space
+        self._monotonic = monotonic  # the clock that lack of use is measured with
+        self._last_use = monotonic()  # when the last of them ended, or the sandbox became ready
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -57,7 +59,7 @@ class Sandbox:
 
     def touch(self) -> None:
         """The sandbox is in use right now."""
-        self._last_use = time.monotonic()
+        self._last_use = self._monotonic()
 
     def idle_for(self, now: float) -> float:
         """Seconds without use at monotonic time `now`; a command that runs is use, an open tunnel without a stream is not."""

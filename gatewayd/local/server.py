@@ -20,12 +20,13 @@ from typing import NoReturn
 
 import uvloop
 
+from gatewayd.local import logs
 from gatewayd.local.app import build_app
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.guard import WILDCARDS, Guard
 from gatewayd.local.httpd import Server, Tunnels, make_server
 from gatewayd.local.runtime.base import RuntimeFailure
-from gatewayd.local.runtime.native import NativeRuntime
+from gatewayd.local.runtimes import NAMES, make_runtime, table
 from gatewayd.local.statedir import StateDir, StateDirError, StateDirInUse
 from gatewayd.local.store import Store, StoreError
 from gatewayd.local.sweeper import sweep_for_ever
@@ -44,9 +45,9 @@ class ListenError(Exception):
 def main(argv: Sequence[str]) -> int:
     """Run the service until SIGTERM or SIGINT and return its exit code."""
     args = _parse(argv)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    logs.start()
+    if args.check:
+        return _check(args.runtime, Path(args.state_dir).absolute())
     try:
         state = StateDir(Path(args.state_dir).absolute())
     except StateDirError as exc:
@@ -58,11 +59,13 @@ def main(argv: Sequence[str]) -> int:
         return _fail(str(exc), EX_CANTCREAT)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(state, sock, args.host))
+            return runner.run(_serve(state, sock, args.host, args.runtime))
     except (StateDirError, StoreError) as exc:
         return _fail(str(exc), EX_OSFILE)
     except RuntimeFailure as exc:
         return _fail(str(exc), EX_SOFTWARE)
+    except OSError as exc:
+        return _fail(f"cannot use the state directory {state.path}: {exc.strerror or exc}", EX_OSFILE)
     finally:
         sock.close()
         state.close()
@@ -71,9 +74,25 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gatewayd local", description="Run the embedded sandbox service.")
     parser.add_argument("--port", type=_port, default=0, help="port to listen on; 0, the default, takes a free one")
-    parser.add_argument("--state-dir", required=True, help="directory of its state, made if need be (mode 0700)")
+    parser.add_argument("--state-dir", help="directory of its state, made if need be (mode 0700)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    return parser.parse_args(argv)
+    parser.add_argument("--runtime", choices=NAMES, default=NAMES[0], help="what runs the sandboxes (default: %(default)s)")
+    parser.add_argument(
+        "--check", action="store_true", help="say what the runtime finds on this machine, and exit (0: all is there)"
+    )
+    args = parser.parse_args(argv)
+    if args.state_dir is None and not args.check:
+        parser.error("the following arguments are required: --state-dir")
+    args.state_dir = args.state_dir or "."
+    return args
+
+
+def _check(runtime: str, state_dir: Path) -> int:
+    """Print what a runtime finds on this machine; 1 when something is missing."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        findings = runner.run(make_runtime(runtime, state_dir).check())
+    sys.stdout.write(table(findings))
+    return 0 if all(finding.ok for finding in findings) else 1
 
 
 def _port(text: str) -> int:
@@ -120,8 +139,10 @@ def _endpoint(sock: socket.socket, host: str) -> str:
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
-async def _serve(state: StateDir, sock: socket.socket, host: str) -> int:
-    boxes = Boxes(Store(state.database), NativeRuntime(state.path))
+async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str) -> int:
+    store = Store(state.database)
+    state.claim(runtime, empty=not store.load())
+    boxes = Boxes(store, make_runtime(runtime, state.path))
     tasks = TaskOwner("service")
     try:
         await boxes.recover()

@@ -16,6 +16,8 @@ KEY_FILE = "api-key"
 LOCK_FILE = "lock"
 ENDPOINT_FILE = "endpoint.json"
 DATABASE_FILE = "state.db"
+RUNTIME_FILE = "runtime"
+FIRST_RUNTIME = "native"  # of a directory that does not say
 SECRET_MODE = 0o600
 
 
@@ -62,9 +64,13 @@ class StateDir:
             endpoint = self.published().get("endpoint", "not listening yet")
             message = f"cannot use the state directory {path}: a service with pid {holder or 'unknown'} runs on it ({endpoint})"
             raise StateDirInUse(message) from exc
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
-        (path / ENDPOINT_FILE).unlink(missing_ok=True)  # of a service that was killed
+        try:
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+            (path / ENDPOINT_FILE).unlink(missing_ok=True)  # of a service that was killed
+        except OSError as exc:
+            os.close(self._lock_fd)
+            raise StateDirError(f"cannot use the state directory {path}: {exc.strerror}") from exc
 
     @property
     def key_file(self) -> Path:
@@ -90,9 +96,31 @@ class StateDir:
         return key
 
     def publish(self, endpoint: str) -> None:
-        """Say where the service listens. Raises OSError."""
+        """Say where the service listens. Raises StateDirError."""
         content = {"endpoint": endpoint, "pid": os.getpid(), "version": version()}
-        self._write(self.path / ENDPOINT_FILE, json.dumps(content) + "\n")
+        try:
+            self._write(self.path / ENDPOINT_FILE, json.dumps(content) + "\n")
+        except OSError as exc:
+            raise StateDirError(f"cannot write {self.path / ENDPOINT_FILE}: {exc.strerror}") from exc
+
+    def claim(self, runtime: str, *, empty: bool) -> None:
+        """Say which runtime has the sandboxes' disks; only without sandboxes it can be another than before.
+
+        Raises:
+            StateDirError: they are another runtime's.
+        """
+        file = self.path / RUNTIME_FILE
+        try:
+            before = file.read_text(encoding="utf-8").strip() if file.exists() else FIRST_RUNTIME
+            if before == runtime:
+                return
+            if not empty:
+                raise StateDirError(
+                    f"the sandboxes in {self.path} are on the {before!r} runtime: use --runtime {before} for them"
+                )
+            self._write(file, runtime + "\n")
+        except OSError as exc:
+            raise StateDirError(f"cannot use {file}: {exc.strerror}") from exc
 
     def published(self) -> dict[str, Any]:
         """What a running service says about itself; {} when there is none."""

@@ -9,9 +9,11 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from gatewayd.local.clock import Clock
+from gatewayd.local.storage import Reserve, WriteFailure, has_room
 
 SCHEMA_VERSION = 1  # PRAGMA user_version of the file
 STATUSES = ("provisioning", "ready", "failed", "stopped", "deleting")
@@ -68,13 +70,15 @@ _JSON = ("labels", "env_vars", "run_config")
 
 def now() -> str:
     """The current time as stored and answered."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return Clock().stamp()
 
 
 class Store:
     """The state file. Raises StoreError when it cannot be opened or is not ours."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        self.reserve = Reserve(path.parent)  # room for deleting on a full disk
         try:
             self._db = sqlite3.connect(path, isolation_level=None)  # autocommit: each call is one transaction
         except sqlite3.Error as exc:
@@ -100,23 +104,36 @@ class Store:
         elif version != SCHEMA_VERSION:
             raise StoreError(f"cannot use the state file: it has version {version}, this program knows {SCHEMA_VERSION}")
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the disk under the file has space left."""
+        return has_room(self._path.parent)
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        try:
+            self._db.execute(statement, values)
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as exc:
+            raise WriteFailure(str(exc)) from exc
+
     def close(self) -> None:
         """Close the file; idempotent."""
         self._db.close()
 
     def insert(self, record: Record) -> None:
-        """Add a sandbox. Raises sqlite3.IntegrityError when its id or name is taken."""
+        """Add a sandbox. Raises sqlite3.IntegrityError when its id or name is taken, WriteFailure."""
         marks = ", ".join("?" * len(_COLUMNS))
-        self._db.execute(f"INSERT INTO boxes ({', '.join(_COLUMNS)}) VALUES ({marks})", _row(record))  # noqa: S608 - own constants
+        self._write(f"INSERT INTO boxes ({', '.join(_COLUMNS)}) VALUES ({marks})", _row(record))  # noqa: S608 - own constants
 
     def save(self, record: Record) -> None:
-        """Write a known sandbox's row. Raises sqlite3.IntegrityError when its name is taken by another."""
+        """Write a known sandbox's row. Raises sqlite3.IntegrityError when its name is taken by another, WriteFailure."""
         sets = ", ".join(f"{column} = ?" for column in _COLUMNS)
-        self._db.execute(f"UPDATE boxes SET {sets} WHERE id = ?", (*_row(record), record.id))  # noqa: S608 - own constants
+        self._write(f"UPDATE boxes SET {sets} WHERE id = ?", (*_row(record), record.id))  # noqa: S608 - own constants
 
     def delete(self, box_id: str) -> None:
-        """Forget a sandbox; no error when it is not there."""
-        self._db.execute("DELETE FROM boxes WHERE id = ?", (box_id,))
+        """Forget a sandbox; no error when it is not there. Raises WriteFailure."""
+        self._write("DELETE FROM boxes WHERE id = ?", (box_id,))
 
     def load(self) -> list[Record]:
         """All sandboxes, oldest first."""

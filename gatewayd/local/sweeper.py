@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import ServiceError
@@ -14,7 +13,8 @@ from gatewayd.local.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
 
-SWEEP_INTERVAL = 10.0  # seconds; the fields count in minutes
+SWEEP_INTERVAL = 10.0  # seconds between looks at most; the fields count in minutes
+SHORTEST = 0.5  # and at least
 
 
 def idle(sandboxes: Iterable[Sandbox], monotonic: float) -> list[Sandbox]:
@@ -42,20 +42,34 @@ def expired(sandboxes: Iterable[Sandbox], clock: datetime) -> list[Sandbox]:
 
 async def sweep(boxes: Boxes) -> None:
     """Look once."""
-    for sandbox in idle(boxes.all(), time.monotonic()):
+    boxes.flush()
+    for sandbox in idle(boxes.all(), boxes.clock.monotonic()):
         seconds = sandbox.record.idle_ttl_seconds
         log.info("sandbox %s: not used for %d s: stopping it", sandbox.record.name, seconds)
         await boxes.stop(sandbox, f"stopped after {seconds} s without use")
-    for sandbox in expired(boxes.all(), datetime.now(UTC)):
+    for sandbox in expired(boxes.all(), boxes.clock.utc()):
         seconds = sandbox.record.delete_after_stop_seconds
         log.info("sandbox %s: stopped for %d s: deleting it", sandbox.record.name, seconds)
         await boxes.delete(sandbox)
 
 
+def pause(boxes: Boxes) -> float:
+    """Seconds until it is time to look again: when the next sandbox may be due, SWEEP_INTERVAL at most."""
+    monotonic, clock = boxes.clock.monotonic(), boxes.clock.utc()
+    due = SWEEP_INTERVAL
+    for sandbox in boxes.all():
+        record = sandbox.record
+        if sandbox.run is not None and record.idle_ttl_seconds > 0:
+            due = min(due, record.idle_ttl_seconds - sandbox.idle_for(monotonic))
+        elif record.status == "stopped" and record.delete_after_stop_seconds > 0 and record.stopped_at is not None:
+            due = min(due, record.delete_after_stop_seconds - (clock - datetime.fromisoformat(record.stopped_at)).total_seconds())
+    return max(due, SHORTEST)
+
+
 async def sweep_for_ever(boxes: Boxes) -> None:
-    """Look every SWEEP_INTERVAL until cancelled."""
+    """Look whenever a sandbox may be due, until cancelled."""
     while True:
-        await asyncio.sleep(SWEEP_INTERVAL)
+        await asyncio.sleep(pause(boxes))
         try:
             await sweep(boxes)
         except ServiceError as exc:

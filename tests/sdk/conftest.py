@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Service:
     """``gatewayd local`` in a process of its own."""
 
-    def __init__(self, state_dir: Path, *args: str) -> None:
+    def __init__(self, state_dir: Path, *args: str, wrapper: Sequence[str] = ()) -> None:
         self.state_dir = state_dir
         self.log = state_dir.parent / f"{state_dir.name}.log"
         env = {name: value for name, value in os.environ.items() if not name.startswith(("LANGSMITH", "LANGCHAIN", "PYTHONWARN"))}
         command = [
+            *wrapper,
             sys.executable,
             "-X",
             "dev",
@@ -56,11 +57,15 @@ class Service:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=env)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"the service did not start:\n{self.text()}"
+        if not line:
+            self.process.wait(STOP_DEADLINE)
+            self.process.stdout.close()
+            raise AssertionError(f"the service did not start:\n{self.text()}")
         said = json.loads(line)
         self.endpoint: str = said["endpoint"]
         assert said["pid"] == self.process.pid
-        self.key = Path(said["api_key_file"]).read_text().strip()
+        key_file = said["api_key_file"]  # with a wrapper it may be in a mount namespace of the service's own
+        self.key = Path(f"/proc/{self.process.pid}/root{key_file}" if wrapper else key_file).read_text().strip()
 
     def text(self) -> str:
         """Its log so far."""
@@ -160,8 +165,8 @@ def own_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """Start services on the same state directory, for tests that end them. What still runs is ended in order."""
     started: list[Service] = []
 
-    def start(*args: str) -> Service:
-        started.append(Service(tmp_path / "state", *args))
+    def start(*args: str, wrapper: Sequence[str] = ()) -> Service:
+        started.append(Service(tmp_path / "state", *args, wrapper=wrapper))
         return started[-1]
 
     yield start

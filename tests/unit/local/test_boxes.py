@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import ServiceError
 from gatewayd.local.models import CreateBody, PatchBody
 from gatewayd.local.runtime.native import NativeRuntime
+from gatewayd.local.storage import WriteFailure
 from gatewayd.local.store import Store
 from gatewayd.local.sweeper import sweep
 
@@ -130,3 +132,23 @@ async def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
     assert second.all() == []
     assert not list((tmp_path / "boxes").iterdir())
     await second.aclose()
+
+
+async def test_what_cannot_be_recorded_is_recorded_later(boxes: Boxes, monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = await boxes.create(READY)
+
+    def full(statement: str, values: object) -> None:
+        raise WriteFailure("database or disk is full") from OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(boxes._store, "_write", full)
+        for refused in (lambda: boxes.create(READY), lambda: asyncio.to_thread(boxes.update, sandbox, PatchBody(name="new"))):
+            with pytest.raises(ServiceError) as caught:
+                await refused()
+            assert (caught.value.status, caught.value.error) == (507, "StorageFull")
+        await boxes.stop(sandbox)
+        await sweep(boxes)
+        assert [(one.record.name, one.record.status) for one in boxes.all()] == [(sandbox.record.name, "stopped")]
+    assert [record.status for record in boxes._store.load()] == ["ready"]
+    await sweep(boxes)
+    assert boxes._store.load() == [sandbox.record]
