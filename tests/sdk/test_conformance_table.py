@@ -36,13 +36,11 @@ ONLY_REFUSED = {
     r"(SandboxClient|Sandbox)\.service|BoxesResource\.\w+_service_urls?": "ports are reached through tunnels",
     r"(SandboxClient|Sandbox|BoxesResource)\.generate_download_url": "files are read through `read` and `read_range`",
     r"RegistriesResource\.(create|retrieve|update|list|delete)": "no images are pulled",
-    r"Sandbox\.(glob|ls|grep)": "run `find` or `grep` as a command",
     r"proxy_config|\w+_secret|aws_auth|gcp_auth|attribution": "`proxy_config`: sandboxes have no way out to the network",
     r"mount_config|\w+_mount": "`mount_config`: nothing is mounted into sandboxes",
 }
 NOT_REACHED = {
     r"ServiceURL\.\w+": ("made by `service`", "SandboxClient.service"),
-    r"(GlobResult|GrepResult)\.\w+": ("made by `glob` and `grep`", "Sandbox.glob"),
 }
 FAILS_ONLY = {r"RegistriesResource\.with_\w+": "as its methods: no images are pulled"}
 CLOUD_ONLY = {
