@@ -16,7 +16,7 @@ PROTOCOL = ("__enter__", "__aenter__", "__iter__", "__aiter__")  # what `with` a
 OK, FAILED, REFUSED = "ok", "failed", "refused"
 
 seen: defaultdict[str, set[str]] = defaultdict(set)  # "Class.method" or "function" → how calls of it ended
-finished: set[str] = set()  # the scenarios that ran to their end, "name[mode]"
+finished: set[str] = set()  # the scenarios that have run, "module.name[mode]"
 
 
 def surface() -> set[str]:

@@ -36,7 +36,7 @@ async def world(request: pytest.FixtureRequest, service: Service) -> AsyncIterat
             AsyncLangsmith(api_key=service.key, base_url=service.endpoint, max_retries=0) as generated,
         ):
             yield World("async", client, generated)
-    finished.add(request.node.name)
+    finished.add(f"{request.module.__name__.rpartition('.')[2]}.{request.node.name}")
 
 
 def stranger(world: World, service: Service) -> Any:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from types import ModuleType
 
 import pytest
+from langsmith import sandbox as sdk
 
 from tests.compatibility import Row, publish, table
 from tests.sdk import test_conformance, test_conformance_generated
@@ -79,9 +80,9 @@ def judge(name: str) -> tuple[str, str] | None:
 
 
 def scenarios(*modules: ModuleType) -> set[str]:
-    """Every test of the modules, in both forms, as it names itself when it has finished."""
+    """Every test of the modules, in both forms, as it names itself when it has run."""
     names = {
-        name
+        f"{module.__name__.rpartition('.')[2]}.{name}"
         for module in modules
         for name, value in vars(module).items()
         if name.startswith("test_") and inspect.iscoroutinefunction(value)
@@ -93,7 +94,7 @@ def scenarios(*modules: ModuleType) -> set[str]:
 def complete() -> None:
     """Only a whole run can be judged."""
     if missing := scenarios(test_conformance, test_conformance_generated) - finished:
-        pytest.skip(f"needs the whole conformance run; {len(missing)} of its tests did not pass in this one")
+        pytest.skip(f"needs the whole conformance run; {len(missing)} of its tests are not in this one")
 
 
 @pytest.mark.usefixtures("complete")
@@ -103,6 +104,15 @@ def test_every_public_method_is_accounted_for() -> None:
     unknown = {name: sorted(seen[name]) for name in sorted(names) if judge(name) is None}
     assert unknown == {}, "tests must call these, once with success and once with failure, or a table above must say why not"
     assert not {name for name in seen if seen[name]} - names, "seen, but not found by introspection"
+
+
+def test_a_method_that_nobody_has_looked_at_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = surface()
+    monkeypatch.setattr(sdk.AsyncSandbox, "defrost", lambda self: None, raising=False)
+    monkeypatch.setattr(sdk, "defrosted", lambda: None, raising=False)
+    added = surface() - before
+    assert added == {"AsyncSandbox.defrost", "defrosted"}
+    assert [judge(name) for name in added] == [None, None]
 
 
 @pytest.mark.usefixtures("complete")
@@ -117,7 +127,9 @@ def test_the_document_says_what_was_seen() -> None:
     modes: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
     owners = {name.partition(".")[0] for name in surface()}
     for name in surface():
-        state, note = judge(name) or ("unknown", "")
+        judged = judge(name)
+        assert judged is not None, name
+        state, note = judged
         owner = name.partition(".")[0]
         both = f"Async{plain(owner)}" not in owners
         mode = "both" if both else "async" if owner.startswith("Async") else "sync"
