@@ -62,6 +62,8 @@ def _private(folder: Path, driver: str) -> Iterator[Path]:
         *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--bridge=none"),
         *("--storage-driver", driver),
     ]
+    if (runsc := shutil.which("runsc")) is not None:
+        command += ["--add-runtime", f"runsc={runsc}"]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)

@@ -83,10 +83,10 @@ class DockerRuntime:
         """`oci_runtime` is one that the daemon lists, such as "runsc"; None: its default, which must be runc or like it."""
         self._api = DockerApi(socket_path)
         self._oci_runtime = oci_runtime
-        self._state_dir = state_dir
-        self._spool = state_dir / "spool"  # content of files under way
+        self._folder = state_dir / "docker"  # what this runtime keeps on disk beside its containers
+        self._spool = self._folder / "spool"  # content of files under way
         self._instance = hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
-        self._images = Images(self._api, state_dir, f"gatewayd-{self._instance}", (LABEL_INSTANCE, self._instance))
+        self._images = Images(self._api, self._folder, f"gatewayd-{self._instance}", (LABEL_INSTANCE, self._instance))
         self._tasks = TaskOwner("docker")  # one watcher for each running box
         self._ends: set[asyncio.Future[str]] = set()  # `ended` of each running box
 

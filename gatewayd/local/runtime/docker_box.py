@@ -35,9 +35,9 @@ class DockerBox:
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._api = api
         self._container = container  # id
-        self._execs = Execs(api, container)
-        self._files = Files(self._execs, spool)
         self._tasks = TaskOwner(f"box {spec.id}")  # pumps of processes and ports
+        self._execs = Execs(api, container, self._tasks)
+        self._files = Files(self._execs, spool)
         self._processes: set[DockerProcess] = set()  # alive, or ended and not yet known to be
         self._namespace: docker_ports.Namespace | None = None  # None: ports are reached through a relay inside
         self._stopping = False  # set by the first stop()
@@ -125,7 +125,10 @@ class DockerBox:
     async def spawn(self, spec: SpawnSpec) -> DockerProcess:
         """Start a process. Raises OSError (as execve or chdir would, errno set) or RuntimeFailure."""
         self._alive()
-        starting = self._tasks.start(self._attempt(spec), "spawn")
+        try:
+            starting = self._tasks.start(self._attempt(spec), "spawn")
+        except RuntimeError as exc:
+            raise RuntimeFailure("the sandbox has ended") from exc
         try:
             await asyncio.wait([starting])
         except asyncio.CancelledError:
@@ -142,8 +145,8 @@ class DockerBox:
         """A failure is an outcome too: the task itself has not failed."""
         try:
             process = await docker_process.spawn(self._execs, self._tasks, spec)
-        except (OSError, RuntimeFailure) as exc:
-            return exc
+        except (OSError, RuntimeError, RuntimeFailure) as exc:  # RuntimeError: the box is closing
+            return RuntimeFailure("the sandbox has ended") if isinstance(exc, RuntimeError) else exc
         self._processes.add(process)
         process.exited.add_done_callback(lambda _: self._processes.discard(process))
         return process
@@ -185,4 +188,6 @@ class DockerBox:
                 await asyncio.wait([self.ended], timeout=grace)
         if not self.ended.done():
             await self._kill()
-        await asyncio.shield(self.ended)
+            await asyncio.wait([self.ended], timeout=_END_DEADLINE)
+        if not self.ended.done():
+            await self._finish("Docker does not say whether it was stopped")

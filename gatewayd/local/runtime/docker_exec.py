@@ -15,6 +15,7 @@ from gatewayd.local.runtime import docker_guest
 from gatewayd.local.runtime.base import RuntimeFailure
 from gatewayd.local.runtime.docker_api import DEADLINE, DockerApi, part, printable
 from gatewayd.local.runtime.docker_wire import STDERR, STDOUT, Frames, Record, Records, WireError, new_token
+from gatewayd.tasks import TaskOwner
 
 _ERRNO = {os.strerror(number): number for number in errno.errorcode}  # what the sandbox's programs say in the C locale
 _MAX_TALK = 64 * 1024  # bytes of output and records of a short script
@@ -56,9 +57,10 @@ def failure(text: str) -> OSError:
 class Execs:
     """Runs processes in one container."""
 
-    def __init__(self, api: DockerApi, container: str) -> None:
+    def __init__(self, api: DockerApi, container: str, tasks: TaskOwner) -> None:
         self._api = api
         self._container = container  # id
+        self._tasks = tasks  # the box's
 
     async def open(
         self,
@@ -140,7 +142,10 @@ class Execs:
                 exec_id, sock, early = await self.open(argv, user=user, stdin=stdin is not None)
                 with sock:
                     talk = Talk()
-                    await asyncio.gather(self._send(sock, stdin), self._collect(sock, early, token, talk, sink))
+                    if stdin is None:
+                        await self._collect(sock, early, token, talk, sink)
+                    else:
+                        await self._converse(sock, early, token, talk, stdin)
                 if not talk.records:
                     await self.started(exec_id, user, talk.output)
                 return talk
@@ -149,14 +154,25 @@ class Execs:
         except WireError as exc:
             raise RuntimeFailure(str(exc)) from exc
 
+    async def _converse(self, sock: socket.socket, early: bytes, token: str, talk: Talk, stdin: IO[bytes]) -> None:
+        """Send and collect at the same time; a script that ends before its input does is not waited for."""
+        try:
+            sending = self._tasks.start(self._send(sock, stdin), "stdin")
+        except RuntimeError as exc:
+            raise RuntimeFailure("the sandbox has ended") from exc
+        try:
+            await self._collect(sock, early, token, talk, None)
+        finally:
+            sending.cancel()
+            await asyncio.wait([sending])  # it must not use the connection any more
+
     @staticmethod
-    async def _send(sock: socket.socket, stdin: IO[bytes] | None) -> None:
+    async def _send(sock: socket.socket, stdin: IO[bytes]) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):  # the script has ended: what it says tells why
-            while stdin is not None and (data := stdin.read(_CHUNK)):
+            while data := stdin.read(_CHUNK):
                 await loop.sock_sendall(sock, data)
-            if stdin is not None:
-                sock.shutdown(socket.SHUT_WR)
+            sock.shutdown(socket.SHUT_WR)
 
     @staticmethod
     async def _collect(sock: socket.socket, data: bytes, token: str, talk: Talk, sink: Callable[[bytes], None] | None) -> None:

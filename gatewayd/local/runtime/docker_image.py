@@ -23,9 +23,9 @@ _IMPORT_DEADLINE = 120.0  # seconds for an image of a few megabytes
 class Images:
     """Default images of one service."""
 
-    def __init__(self, api: DockerApi, state_dir: Path, repository: str, label: tuple[str, str]) -> None:
+    def __init__(self, api: DockerApi, folder: Path, repository: str, label: tuple[str, str]) -> None:
         self._api = api
-        self._state_dir = state_dir
+        self._folder = folder  # for the layer and its archive
         self._repository = repository  # all of ours are tags of it
         self._label = label  # name and value that mark them as ours
         self._lock = asyncio.Lock()  # one import at a time
@@ -37,7 +37,7 @@ class Images:
             RuntimeFailure: it cannot be made.
         """
         async with self._lock:
-            bases = self._state_dir / "bases"
+            bases = self._folder / "bases"
             try:
                 name = await asyncio.to_thread(self._layer, bases)
                 reference = f"{self._repository}:{name}"
@@ -84,7 +84,7 @@ class Images:
             info.uname = info.gname = "root"
             return info
 
-        archive = tempfile.NamedTemporaryFile(dir=self._state_dir)  # noqa: SIM115 - the caller closes it
+        archive = tempfile.NamedTemporaryFile(dir=self._folder)  # noqa: SIM115 - the caller closes it
         with tarfile.open(fileobj=archive, mode="w") as tar:
             for entry in sorted(folder.iterdir()):
                 tar.add(entry, arcname=entry.name, filter=owned_by_root)

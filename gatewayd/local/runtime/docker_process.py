@@ -74,8 +74,8 @@ class DockerProcess:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         """The connection is at its end, or was given up with the sandbox."""
-        self._pump.close()
         self._input.cancel()
+        self._input.add_done_callback(lambda _: self._pump.close())  # not while it may still wait for that descriptor
         if task.cancelled():
             for outlet in self._outlets.values():
                 outlet.close()
