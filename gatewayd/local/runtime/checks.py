@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -25,6 +27,16 @@ _LIMITED = {"memory": "mem_bytes", "cpu": "vcpus", "pids": "the number of proces
 def find_bubblewrap() -> str | None:
     """Absolute path of bwrap(1)."""
     return shutil.which("bwrap", path=SEARCH)
+
+
+@functools.cache
+def can_size_tmpfs(bwrap: str) -> bool:
+    """Whether this bubblewrap has --size (0.7 and later)."""
+    try:
+        done = subprocess.run([bwrap, "--help"], env={}, stdin=subprocess.DEVNULL, capture_output=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return b"--size" in done.stdout + done.stderr
 
 
 def why_no_disk_limits() -> str:

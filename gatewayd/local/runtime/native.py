@@ -19,11 +19,12 @@ import hashlib
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 
 from gatewayd.local.runtime import cgroups, checks, disk, idmap, rootfs
 from gatewayd.local.runtime.base import BoxSpec, Finding, RuntimeFailure, box_dir
-from gatewayd.local.runtime.checks import find_bubblewrap
+from gatewayd.local.runtime.checks import can_size_tmpfs, find_bubblewrap
 from gatewayd.local.runtime.inside import loopdisk, seccomp
 from gatewayd.local.runtime.nativebox import NativeBox
 from gatewayd.tasks import TaskOwner
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _END_DEADLINE = 12.0  # seconds for killed processes to be gone
 _MASKED = ("/proc/keys", "/proc/cmdline")  # name this machine's keyrings; how it was started
+_MIN_TMPFS = 16 << 20  # bytes of /tmp, /run and /dev/shm at least
 _BASE_MARKER = "base"  # file in a box's folder
 _NOTE_NO_FILTER = "system calls are not filtered: there is no filter for this architecture"
 _NOTE_SINGLE_ID = "only root exists inside: /etc/subuid gives this user no ids (install uidmap and add a range)"
@@ -48,6 +50,7 @@ class NativeRuntime:
         instance = hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
         self._cgroups = cgroups.Cgroups(instance)
         self._call_filter = seccomp.program() or b""  # for everything inside; empty on a machine without a table
+        self._base_lock = threading.Lock()  # the first sandboxes may all be started at once
         self._tasks = TaskOwner("native")  # one watcher for each running box
         self._ends: set[asyncio.Future[str]] = set()  # `ended` of each running box
 
@@ -85,6 +88,7 @@ class NativeRuntime:
             raise RuntimeFailure("cannot start the sandbox: bubblewrap is not installed (apt-get install bubblewrap)")
         try:
             base, disk_note = await asyncio.to_thread(self._prepare_disk, spec)
+            sized = spec.mem_bytes is not None and await asyncio.to_thread(can_size_tmpfs, bwrap)
             limits = self._cgroups.create(spec.id, spec.vcpus, spec.mem_bytes)
         except OSError as exc:
             raise RuntimeFailure(f"cannot start the sandbox: {exc.strerror}") from exc
@@ -98,7 +102,8 @@ class NativeRuntime:
             "cgroups": [str(folder) for folder in limits.folders],
             "bwrap": bwrap,
             "isolation": self._isolation(spec),
-            "mounts": self._mounts(),
+            "mounts": self._mounts(spec, sized=sized),
+            "max_pids": cgroups.MAX_PIDS,
             "seccomp": self._call_filter.hex(),
         }
         try:
@@ -117,10 +122,12 @@ class NativeRuntime:
         return [*namespaces, "--hostname", spec.hostname, "--die-with-parent", "--cap-drop", "ALL", "--chdir", "/"]
 
     @staticmethod
-    def _mounts() -> list[str]:
-        shared = ["--perms", "1777", "--tmpfs", "/dev/shm", "--perms", "1777", "--tmpfs", "/tmp"]  # noqa: S108 - inside
+    def _mounts(spec: BoxSpec, *, sized: bool) -> list[str]:
+        # a /tmp as large as the memory limit would, once full, leave no memory to any process
+        size = ["--size", str(max(_MIN_TMPFS, (spec.mem_bytes or 0) // 2))] if sized else []
+        shared = [word for path in ("/dev/shm", "/tmp") for word in (*size, "--perms", "1777", "--tmpfs", path)]  # noqa: S108 - inside
         hidden = [word for path in _MASKED if Path(path).exists() for word in ("--ro-bind", "/dev/null", path)]
-        own = ["--proc", "/proc", "--dev", "/dev", *shared, "--perms", "755", "--tmpfs", "/run"]
+        own = ["--proc", "/proc", "--dev", "/dev", *shared, *size, "--perms", "755", "--tmpfs", "/run"]
         return ["--ro-bind", "/usr", "/usr", *own, *hidden]
 
     def _prepare_disk(self, spec: BoxSpec) -> tuple[str, str]:
@@ -130,8 +137,9 @@ class NativeRuntime:
         marker = folder / _BASE_MARKER
         if marker.is_file() and (bases / (name := marker.read_text().strip())).is_dir():
             return name, disk.prepare(folder, spec.fs_capacity_bytes)
-        bases.mkdir(mode=0o700, parents=True, exist_ok=True)
-        name = rootfs.ensure_base(bases, self._ids.root_uid, self._ids.root_gid)
+        with self._base_lock:
+            bases.mkdir(mode=0o700, parents=True, exist_ok=True)
+            name = rootfs.ensure_base(bases, self._ids.root_uid, self._ids.root_gid)
         for path in (folder.parent, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         note = disk.prepare(folder, spec.fs_capacity_bytes)

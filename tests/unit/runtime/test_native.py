@@ -309,7 +309,6 @@ async def test_a_killed_service_leaves_nothing(tmp_path: Path, runtime: NativeRu
             loop.remove_reader(fd)
             os.close(fd)
     assert runtime._cgroups.leftovers() == set()
-    assert list(Path("/sys/fs/cgroup").glob("*/gatewayd-*/killed")) == []
     await runtime.remove("killed")
 
 

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import select
 import signal
 import socket
@@ -36,7 +37,7 @@ _BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
-def run(channel: socket.socket, call_filter: bytes) -> None:
+def run(channel: socket.socket, call_filter: bytes, max_pids: int) -> None:
     """Serve requests until the service closes the channel; never returns normally to the caller's code.
 
     Everything in the sandbox descends from this process, so what it cannot do, nothing can: capabilities, privileges gained by
@@ -51,6 +52,8 @@ def run(channel: socket.socket, call_filter: bytes) -> None:
     kernel.keep_only(kernel.SANDBOX_CAPABILITIES)
     kernel.hide_from_tracers()
     kernel.gain_no_privileges()
+    with contextlib.suppress(ValueError, OSError):  # a lower limit of this user's own stays
+        resource.setrlimit(resource.RLIMIT_NPROC, (max_pids, max_pids))  # of each uid: all there is without control groups
     if call_filter:
         kernel.filter_calls(call_filter)
     status = 0

@@ -233,4 +233,4 @@ def _join(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
     _become_root_inside()
     if os.fork() == 0:  # only a child is inside the new pid namespace
         pipes.keep()
-        agent.run(channel, bytes.fromhex(plan["seccomp"]))
+        agent.run(channel, bytes.fromhex(plan["seccomp"]), plan["max_pids"])
