@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from gatewayd.local import dataplane, exec_sse, exec_ws, files, rest_server, search
+from gatewayd.local import dataplane, exec_sse, exec_ws, files, rest_server, schemas, search
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import STATUS_TYPES, ServiceError, error_response, validation_response
 from gatewayd.local.guard import Guard, GuardMiddleware
@@ -20,10 +21,11 @@ def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
     """The service as an ASGI application."""
     app = FastAPI(title="gatewayd local", version=version() or "0", docs_url=None, redoc_url=None)
     app.state.boxes = boxes
-    for prefix in rest_server.PREFIXES:
-        app.include_router(rest_server.router, prefix=prefix)
+    for prefix, tag in zip(rest_server.PREFIXES, schemas.TAGS, strict=False):
+        app.include_router(rest_server.router, prefix=prefix, tags=[tag["name"]])
     for router in (dataplane.router, exec_sse.router, exec_ws.router, files.router, search.router):
-        app.include_router(router)
+        app.include_router(router, tags=["data plane"], responses=schemas.answers(None, 404))
+    app.openapi = partial(schemas.describe, app)  # type: ignore[method-assign]  # the way FastAPI documents
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -167,6 +167,7 @@ class CreateBody(BaseModel):
     persistent: Annotated[StrictBool | None, AfterValidator(_persistent)] = None
     mount_config: Annotated[Any, _not_here("mount_config")] = None
     volumes: Annotated[Any, _not_here("volumes")] = None
+    tag_value_ids: Annotated[Any, _not_here("tag_value_ids")] = None
     access_delegation: Annotated[Any, _not_here("access_delegation")] = None
     preserve_memory_on_stop: Annotated[Any, _not_here("preserve_memory_on_stop")] = None
     restore_memory: Annotated[Any, _not_here("restore_memory")] = None
@@ -191,6 +192,7 @@ class PatchBody(BaseModel):
     labels: Labels | None = None
     run_config: RunConfig | None = None
     proxy_config: ProxyConfig = None
+    tag_value_ids: Annotated[Any, _not_here("tag_value_ids")] = None
 
 
 class CommandBody(BaseModel):

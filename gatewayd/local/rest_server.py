@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import attrgetter, itemgetter
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import AfterValidator
 
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import ServiceError, unsupported
+from gatewayd.local.listing import MAX_CURSOR, Order
 from gatewayd.local.models import DEFAULT_SNAPSHOT_ID, DEFAULT_SNAPSHOT_NAME, DEFAULT_SNAPSHOT_REFERENCES, CreateBody, PatchBody
+from gatewayd.local.schemas import SandboxList, SandboxStatus, SandboxView, SnapshotList, SnapshotTags, SnapshotView, answers
 from gatewayd.local.store import Record
 
 PREFIXES = ("/v2/sandboxes", "/api/v2/sandboxes")  # the SDK's own client; the generated clients
@@ -18,6 +23,17 @@ router = APIRouter()
 
 SortKey = Literal["name", "status", "created_at", "stopped_at", "idle_ttl_seconds", "delete_after_stop_seconds"]
 StatusName = Literal["provisioning", "ready", "failed", "stopped", "deleting"]
+Direction = Literal["asc", "desc"]
+Cursor = Annotated[str | None, Query(min_length=1, max_length=MAX_CURSOR)]
+
+
+def _no_tags(value: list[str] | None) -> list[str] | None:
+    if value:
+        raise ValueError("this service has no resource tags; use labels")
+    return value
+
+
+NoTags = Annotated[list[str] | None, Query(), AfterValidator(_no_tags)]
 
 
 def boxes_of(request: Request) -> Boxes:
@@ -58,26 +74,28 @@ def view(record: Record, request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/boxes")
+@router.post("/boxes", responses=answers(SandboxView, 408, 409, 503, 507))
 async def create_box(request: Request, body: CreateBody) -> dict[str, Any]:
     """Create a sandbox and start it."""
     sandbox = await boxes_of(request).create(body)
     return view(sandbox.record, request)
 
 
-@router.get("/boxes")
+@router.get("/boxes", responses=answers(SandboxList))
 async def list_boxes(
     request: Request,
     limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE)] = None,
     offset: Annotated[int, Query(ge=0)] = 0,
     page_size: Annotated[int | None, Query(ge=1, le=MAX_PAGE)] = None,
-    cursor: Annotated[str | None, Query(pattern=r"^[0-9]{1,9}$")] = None,
+    cursor: Cursor = None,
     name_contains: str | None = None,
     status: StatusName | None = None,
     sort_by: SortKey = "created_at",
-    sort_direction: Literal["asc", "desc"] | None = None,
-    sort_order: Literal["asc", "desc"] | None = None,
+    sort_direction: Direction | None = None,
+    sort_order: Direction | None = None,
     label: Annotated[list[str] | None, Query(max_length=64)] = None,
+    created_by: Annotated[Literal["me"] | None, Query(description="all sandboxes here are yours")] = None,
+    tag_value_id: NoTags = None,
 ) -> dict[str, Any]:
     """List sandboxes: filtered, sorted (newest first unless said otherwise), a page at a time."""
     records = [
@@ -85,41 +103,35 @@ async def list_boxes(
         for sandbox in boxes_of(request).all()
         if (not name_contains or name_contains.lower() in sandbox.record.name)
         and (status is None or sandbox.record.status == status)
-        and all(_has_label(sandbox.record, wanted) for wanted in label or ())
+        and all(_has_label(sandbox.record.labels, wanted) for wanted in label or ())
     ]
     descending = (sort_order or sort_direction or ("desc" if sort_by == "created_at" else "asc")) == "desc"
-    records.sort(key=lambda record: (_sort_value(record, sort_by), record.id), reverse=descending)
-    start = int(cursor) if cursor is not None else offset
-    size = page_size or limit or MAX_PAGE
-    page = [view(record, request) for record in records[start : start + size]]
-    more = start + size < len(records)
-    return {"sandboxes": page, "items": page, "next_cursor": str(start + size) if more else None, "offset": start}
+    order = Order[Record](sort_by, descending, attrgetter(sort_by), attrgetter("id"))
+    page = order.page(records, page_size or limit or MAX_PAGE, cursor=cursor, offset=offset)
+    shown = [view(record, request) for record in page.entries]
+    return {"sandboxes": shown, "items": shown, "next_cursor": page.next_cursor, "offset": page.offset}
 
 
-def _has_label(record: Record, wanted: str) -> bool:
+def _has_label(labels: Mapping[str, str], wanted: str) -> bool:
+    """`key` for its presence, `key=value` for its value."""
     key, equals, value = wanted.partition("=")
-    return key in record.labels and (not equals or record.labels[key] == value)
+    return key in labels and (not equals or labels[key] == value)
 
 
-def _sort_value(record: Record, sort_by: SortKey) -> tuple[bool, Any]:
-    value = getattr(record, sort_by)
-    return (value is not None, value)
-
-
-@router.get("/boxes/{name}")
+@router.get("/boxes/{name}", responses=answers(SandboxView, 404))
 async def get_box(request: Request, name: str) -> dict[str, Any]:
     """One sandbox."""
     return view(boxes_of(request).get(name).record, request)
 
 
-@router.get("/boxes/{name}/status")
+@router.get("/boxes/{name}/status", responses=answers(SandboxStatus, 404))
 async def get_box_status(request: Request, name: str) -> dict[str, Any]:
     """Its status alone, cheap to poll."""
     record = boxes_of(request).get(name).record
     return {"status": record.status, "status_message": record.status_message}
 
 
-@router.patch("/boxes/{name}")
+@router.patch("/boxes/{name}", responses=answers(SandboxView, 404, 409, 507))
 async def update_box(request: Request, name: str, body: PatchBody) -> dict[str, Any]:
     """Change a sandbox."""
     boxes = boxes_of(request)
@@ -128,7 +140,7 @@ async def update_box(request: Request, name: str, body: PatchBody) -> dict[str, 
     return view(sandbox.record, request)
 
 
-@router.delete("/boxes/{name}", status_code=204)
+@router.delete("/boxes/{name}", status_code=204, responses=answers(None, 404))
 async def delete_box(request: Request, name: str) -> Response:
     """Stop a sandbox and remove all of it."""
     boxes = boxes_of(request)
@@ -136,7 +148,7 @@ async def delete_box(request: Request, name: str) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/boxes/{name}/start")
+@router.post("/boxes/{name}/start", responses=answers(SandboxView, 404, 409, 503))
 async def start_box(request: Request, name: str) -> dict[str, Any]:
     """Start a sandbox: answered when it is ready, or failed with the reason in status_message."""
     boxes = boxes_of(request)
@@ -145,7 +157,7 @@ async def start_box(request: Request, name: str) -> dict[str, Any]:
     return view(sandbox.record, request)
 
 
-@router.post("/boxes/{name}/stop")
+@router.post("/boxes/{name}/stop", responses=answers(SandboxView, 404, 409))
 async def stop_box(request: Request, name: str) -> dict[str, Any]:
     """Stop a sandbox: answered when nothing of it runs. Its files stay."""
     boxes = boxes_of(request)
@@ -154,17 +166,35 @@ async def stop_box(request: Request, name: str) -> dict[str, Any]:
     return view(sandbox.record, request)
 
 
-@router.get("/snapshots")
+@router.get("/snapshots", responses=answers(SnapshotList))
 async def list_snapshots(
-    name_contains: str | None = None, limit: Annotated[int, Query(ge=1, le=500)] = 50, offset: Annotated[int, Query(ge=0)] = 0
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    offset: Annotated[int, Query(ge=0)] = 0,
+    page_size: Annotated[int | None, Query(ge=1, le=500)] = None,
+    cursor: Cursor = None,
+    name_contains: str | None = None,
+    status: Literal["building", "ready", "failed", "deleting"] | None = None,
+    sort_by: Literal["name", "status", "created_at"] = "created_at",
+    sort_direction: Direction | None = None,
+    sort_order: Direction | None = None,
+    label: Annotated[list[str] | None, Query(max_length=64)] = None,
+    created_by: Annotated[Literal["me"] | None, Query(description="all snapshots here are yours")] = None,
 ) -> dict[str, Any]:
-    """The one snapshot there is."""
-    snapshots = [_default_snapshot()] if not name_contains or name_contains.lower() in DEFAULT_SNAPSHOT_NAME else []
-    page = snapshots[offset : offset + limit]
-    return {"snapshots": page, "items": page, "next_cursor": None, "offset": offset}
+    """The one snapshot there is, if it fits."""
+    found = [
+        snapshot
+        for snapshot in (_default_snapshot(),)
+        if (not name_contains or name_contains.lower() in snapshot["name"])
+        and status in (None, snapshot["status"])
+        and all(_has_label(snapshot["labels"], wanted) for wanted in label or ())
+    ]
+    descending = (sort_order or sort_direction or ("desc" if sort_by == "created_at" else "asc")) == "desc"
+    order = Order[dict[str, Any]](sort_by, descending, itemgetter(sort_by), itemgetter("id"))
+    page = order.page(found, page_size or limit, cursor=cursor, offset=offset)
+    return {"snapshots": page.entries, "items": page.entries, "next_cursor": page.next_cursor, "offset": page.offset}
 
 
-@router.get("/snapshots/{reference}")
+@router.get("/snapshots/{reference}", responses=answers(SnapshotView, 404))
 async def get_snapshot(reference: str) -> dict[str, Any]:
     """A snapshot by id, name or name:tag."""
     if reference not in DEFAULT_SNAPSHOT_REFERENCES:
@@ -172,7 +202,7 @@ async def get_snapshot(reference: str) -> dict[str, Any]:
     return _default_snapshot()
 
 
-@router.get("/snapshots-by-name/{name}")
+@router.get("/snapshots-by-name/{name}", responses=answers(SnapshotTags, 404))
 async def get_snapshot_tags(name: str) -> dict[str, Any]:
     """The tags of a snapshot name."""
     if name != DEFAULT_SNAPSHOT_NAME:
@@ -200,23 +230,23 @@ def _default_snapshot() -> dict[str, Any]:
     }
 
 
-@router.post("/snapshots")
-@router.delete("/snapshots/{_reference}")
-@router.post("/boxes/{_name}/snapshot")
+@router.post("/snapshots", responses=answers(None, 422))
+@router.delete("/snapshots/{_reference}", responses=answers(None, 422))
+@router.post("/boxes/{_name}/snapshot", responses=answers(None, 422))
 async def no_snapshots() -> None:
     """Snapshots cannot be made or removed."""
     raise unsupported(f"this service has the one snapshot {DEFAULT_SNAPSHOT_NAME!r} and makes no others")
 
 
-@router.post("/boxes/{_name}/service-url")
-@router.get("/boxes/{_name}/service-urls")
-@router.delete("/boxes/{_name}/service-urls")
+@router.post("/boxes/{_name}/service-url", responses=answers(None, 422))
+@router.get("/boxes/{_name}/service-urls", responses=answers(None, 422))
+@router.delete("/boxes/{_name}/service-urls", responses=answers(None, 422))
 async def no_service_urls() -> None:
     """Ports are reached through /tunnel."""
     raise unsupported("this service makes no service URLs; use a tunnel to the port")
 
 
-@router.post("/boxes/{_name}/download-url")
+@router.post("/boxes/{_name}/download-url", responses=answers(None, 422))
 async def no_download_urls() -> None:
     """Files are read through /download."""
     raise unsupported("this service makes no download links; use /download")

@@ -253,10 +253,87 @@ def test_validation_points_at_the_value_and_does_not_repeat_it(service: Service)
     assert "s3cret" not in service.text()
 
 
+def test_lists_refuse_what_they_do_not_know(service: Service) -> None:
+    with service.http() as http:
+        for path in ("boxes", "snapshots"):
+            assert http.get(f"/v2/sandboxes/{path}", params={"created_by": "me", "page_size": 1}).status_code == 200
+            for query in (
+                {"cursor": "1"},
+                {"sort_by": "colour"},
+                {"sort_order": "up"},
+                {"status": "fine"},
+                {"created_by": "somebody"},
+                {"page_size": 0},
+                {"offset": -1},
+            ):
+                answer = http.get(f"/v2/sandboxes/{path}", params=query)
+                assert answer.status_code == 422, (path, query)
+                assert answer.json()["detail"][0]["loc"] == ["query", next(iter(query))]
+        assert http.get("/v2/sandboxes/boxes", params={"tag_value_id": "x"}).json()["detail"][0]["loc"] == [
+            "query",
+            "tag_value_id",
+        ]
+        assert http.get("/v2/sandboxes/snapshots", params={"status": "building"}).json()["items"] == []
+
+
+def test_what_one_machine_cannot_do_is_refused_by_name(service: Service, sandbox: Any) -> None:
+    refused = {
+        "mount_config": {"mounts": [{"path": "/x"}]},
+        "volumes": [{"mount_path": "/x", "volume": "v"}],
+        "access_delegation": {"mode": "EXPLICIT", "permissions": ["x"]},
+        "preserve_memory_on_stop": True,
+        "restore_memory": True,
+        "tag_value_ids": ["x"],
+        "persistent": False,
+        "proxy_config": {"access_control": {"allow_list": ["example.com"]}},
+        "snapshot": "python:3.12",
+        "snapshot_id": "x",
+        "snapshot_name": "x",
+    }
+    with service.http() as http:
+        before = http.get("/v2/sandboxes/boxes").json()["items"]
+        for field, value in refused.items():
+            detail = http.post("/v2/sandboxes/boxes", json={field: value}).json()["detail"]
+            assert [entry["loc"] for entry in detail] == [["body", field]]
+        for field in ("proxy_config", "tag_value_ids"):
+            answer = http.patch(f"/v2/sandboxes/boxes/{sandbox.name}", json={field: refused[field]})
+            assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["body", field])
+        assert http.get("/v2/sandboxes/boxes").json()["items"] == before
+
+
 def test_it_describes_itself(service: Service) -> None:
     with service.http() as http:
-        paths = http.get("/openapi.json").json()["paths"]
-    assert {"/v2/sandboxes/boxes", "/api/v2/sandboxes/boxes/{name}", "/dataplane/{box_id}/execute"} <= set(paths)
+        described = http.get("/openapi.json").json()
+    paths = described["paths"]
+    dataplane = {
+        f"/dataplane/{{box_id}}/{path}" for path in ("execute", "execute/stream/start", "glob", "grep", "upload", "download")
+    }
+    assert {"/v2/sandboxes/boxes", "/api/v2/sandboxes/boxes/{name}", *dataplane} <= set(paths)
+    for path, operations in paths.items():
+        if path.startswith("/v2/"):
+            assert set(paths[f"/api{path}"]) == set(operations)
+        for operation in operations.values():
+            assert operation["tags"]
+            assert operation["summary"]
+            assert "401" in operation["responses"]
+    create = paths["/v2/sandboxes/boxes"]["post"]["responses"]
+    assert create["200"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/SandboxView"}
+    assert {"408", "409", "422", "507"} <= set(create)
+    assert described["security"] == [{"key": []}]
+
+
+def test_answers_are_as_described(service: Service, sandbox: Any) -> None:
+    with service.http() as http:
+        schemas = http.get("/openapi.json").json()["components"]["schemas"]
+        for name, path in (
+            ("SandboxView", f"boxes/{sandbox.name}"),
+            ("SandboxStatus", f"boxes/{sandbox.name}/status"),
+            ("SandboxList", "boxes"),
+            ("SnapshotList", "snapshots"),
+            ("SnapshotView", "snapshots/default"),
+            ("SnapshotTags", "snapshots-by-name/default"),
+        ):
+            assert set(http.get(f"/v2/sandboxes/{path}").json()) == set(schemas[name]["properties"]), name
 
 
 def test_no_key_no_answer(service: Service, sandbox: Any) -> None:
