@@ -33,7 +33,10 @@ _CLEANUP_DEADLINE = 5.0  # seconds for the killed processes to be gone and their
 
 def main() -> int:
     """Run one sandbox from start to end; 0 when it came up at all."""
-    plan: dict[str, Any] = json.load(sys.stdin)
+    try:
+        plan: dict[str, Any] = json.load(sys.stdin)
+    except ValueError:  # the service was killed while it wrote
+        return 1
     lifeline = socket.socket(fileno=plan["lifeline_fd"])
     channel = socket.socket(fileno=plan["channel_fd"])
     lifeline.set_inheritable(False)
@@ -48,7 +51,8 @@ def main() -> int:
             packets.send(lifeline, {"failed": explain(exc)})
         return 1
     channel.close()
-    packets.send(lifeline, {"running": True})
+    with contextlib.suppress(OSError):  # the service was killed meanwhile: `_wait` sees that at once
+        packets.send(lifeline, {"running": True})
     reason = _wait(lifeline, tree)
     _end(plan, tree)
     try:
