@@ -43,7 +43,11 @@ def daemon() -> Iterator[Path]:
         raise Unavailable("Docker is not installed (apt-get install --no-install-recommends docker.io)")
     folder = Path(tempfile.mkdtemp(prefix="gatewayd-docker-"))
     try:
-        with _private(folder, "overlay2") as path:
+        with contextlib.ExitStack() as stack:
+            try:
+                path = stack.enter_context(_private(folder, "overlay2"))
+            except Unavailable:  # no overlay on this file system, as in a container
+                path = stack.enter_context(_private(folder, "vfs"))
             yield path
     finally:
         _unmount(folder)

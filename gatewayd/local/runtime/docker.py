@@ -182,6 +182,7 @@ class DockerRuntime:
             "HostConfig": {
                 **limits,
                 "NetworkMode": "none",
+                "Sysctls": self._sysctls(),
                 "Binds": ["/usr:/usr:ro"],
                 "Tmpfs": _TMPFS,
                 "CapDrop": ["ALL"],
@@ -198,6 +199,11 @@ class DockerRuntime:
         if not isinstance(made, dict) or not made.get("Id"):
             raise RuntimeFailure("cannot make the sandbox: Docker gave no container")
         return str(made["Id"])
+
+    def _sysctls(self) -> dict[str, str]:
+        """::1 on the loopback interface, which Docker would leave out; gVisor's network stack has it anyway."""
+        ipv6 = self._oci_runtime is None and Path("/proc/sys/net/ipv6").is_dir()
+        return {"net.ipv6.conf.lo.disable_ipv6": "0"} if ipv6 else {}
 
     async def remove(self, box_id: str) -> None:
         """Delete a stopped sandbox's disk; no error when there is none."""

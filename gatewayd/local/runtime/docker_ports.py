@@ -44,30 +44,21 @@ class Namespace:
             namespace = cls(fd)
             try:
                 if container in Path(f"/proc/{pid}/cgroup").read_text():
-                    namespace.allow_ipv6()
+                    namespace.enter(lambda: None)  # is it permitted?
                     return namespace
             except OSError:
                 pass
             namespace.close()
         return None
 
-    def allow_ipv6(self) -> None:
-        """Give the loopback interface its ::1, which Docker switches off. Raises OSError: not permitted to enter."""
-
-        def work() -> None:
-            with contextlib.suppress(OSError):  # a machine without IPv6
-                Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").write_text("0")
-
-        self._enter(work)
-
     def socket(self, family: int) -> socket.socket:
         """A non-blocking TCP socket that lives inside. Raises OSError."""
         made: list[socket.socket] = []
-        self._enter(lambda: made.append(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)))
+        self.enter(lambda: made.append(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)))
         return made[0]
 
-    def _enter(self, work: Callable[[], object]) -> None:
-        """Run `work` inside: in a thread of its own, for the way back out of a namespace is to end."""
+    def enter(self, work: Callable[[], object]) -> None:
+        """Run `work` inside: in a thread of its own, for the way back out of a namespace is to end. Raises OSError."""
         failed: list[OSError] = []
 
         def enter() -> None:
