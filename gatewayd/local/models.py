@@ -239,7 +239,7 @@ class ExecuteMessage(SessionBody):
         if not self.command and not self.pty:
             raise ValueError("a command is needed, unless pty asks for a login shell")
         if self.ssh_agent_forward:
-            raise ValueError("ssh_agent_forward is not available in this service")
+            raise ValueError("ssh_agent_forward is not available in this service; ssh -A through the gateway forwards an agent")
         return self
 
 
