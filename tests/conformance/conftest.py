@@ -130,6 +130,7 @@ async def converse(box: Box) -> None:
         with await box.connect(port) as sock:
             await loop.sock_sendall(sock, b"abc" * 100_000)
             sock.shutdown(socket.SHUT_WR)
+            await run(box, "true")  # long enough for everything to be there before it is read
             answer = b""
             while data := await asyncio.wait_for(loop.sock_recv(sock, 65536), 20):
                 answer += data

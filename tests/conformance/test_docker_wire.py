@@ -68,7 +68,7 @@ def test_another_processs_record_is_output() -> None:
 
 
 def test_an_endless_record_is_output() -> None:
-    data = RECORD[:-1] + b"x" * 5000
+    data = RECORD[:-1] + b"x" * 20_000
     records = Records(TOKEN)
     out = b"".join(piece for part in parts(data, 100) for piece in records.feed(part) if isinstance(piece, bytes))
     assert out + records.flush() == data
@@ -79,6 +79,10 @@ def test_paths_are_escaped_to_plain_characters() -> None:
     assert docker_guest.escape("/a b'\n\\\udcff") == "/a\\0040b\\0047\\0012\\0134\\0377"
     with pytest.raises(ValueError, match="NUL"):
         docker_guest.escape("a\0b")
+    assert docker_guest.unescape("2f61ff") == b"/a\xff"
+    for digits in ("", "61", "2f00", "2f6", "/etc"):
+        with pytest.raises(ValueError):
+            docker_guest.unescape(digits)
 
 
 def test_bodies_are_taken_apart() -> None:

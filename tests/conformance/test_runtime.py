@@ -333,7 +333,9 @@ async def test_a_folder_is_not_replaced(box: Box) -> None:
         await box.open_write("/etc/passwd/x")
 
 
-@pytest.mark.parametrize("name", ["-rf", "a b", "new\nline\n", "q'\"`$(id)\\", "*", "\udcff\udcfe", "ünï", "\\0101", "%s", "~"])
+@pytest.mark.parametrize(
+    "name", ["-rf", "a b", "new\nline\n", "q'\"`$(id)\\", "*", "\udcff\udcfe", "ünï", "\\0101", "%s", "~", "\x1e\udcff", " "]
+)
 async def test_any_name_is_a_name(box: Box, name: str) -> None:
     writer = await box.open_write(f"names/{name}/{name}", user="user")
     os.write(writer.fd, name.encode("utf-8", "surrogateescape"))
@@ -345,6 +347,18 @@ async def test_any_name_is_a_name(box: Box, name: str) -> None:
         box, "python3", "-c", "import os, sys; sys.stdout.buffer.write(b'\\0'.join(os.listdir(b'/home/user/names')))"
     )
     assert os.fsencode(name) in listing.out.split(b"\0")
+
+
+async def test_a_long_path_is_a_path(box: Box) -> None:
+    path = "/root/" + "/".join(str(number) * 200 for number in range(10)) + "/" + "f" * 200
+    assert 2000 < len(path) < 4096
+    writer = await box.open_write(path)
+    os.write(writer.fd, b"deep")
+    await writer.commit()
+    fd, _ = await box.open_read(path)
+    with os.fdopen(fd, "rb") as file:
+        assert file.read() == b"deep"
+    assert await sh(box, f"ls -A $(dirname {path})") == "f" * 200 + "\n"
 
 
 async def test_links_lead_nowhere_but_inside(box: Box, tmp_path: Path) -> None:

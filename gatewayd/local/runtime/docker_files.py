@@ -26,7 +26,7 @@ _MAX_PATH = 4096  # PATH_MAX
 class DockerWriter:
     """See `base.FileWriter`."""
 
-    def __init__(self, execs: Execs, user: str | None, file: IO[bytes], temporary: str, final: str, mode: str) -> None:
+    def __init__(self, execs: Execs, user: str | None, file: IO[bytes], temporary: bytes, final: bytes, mode: str) -> None:
         self._execs = execs
         self._user = user
         self._file = file  # the spooled content
@@ -98,8 +98,12 @@ class Files:
     async def open_write(self, path: str, user: str | None) -> DockerWriter:
         """Begin replacing a file, creating parent folders; relative to the user's home. Raises OSError with errno."""
         talk = await self._execs.talk(docker_guest.WRITE, self._escape(path), user=user)
-        mode, temporary, final = (talk.words(name) for name in ("mode", "temporary", "final"))
-        if not mode.isdecimal() or "\0" in temporary + final:
+        mode = talk.words("mode")
+        try:
+            temporary, final = (docker_guest.unescape(talk.words(name)) for name in ("temporary", "final"))
+        except ValueError as exc:
+            raise RuntimeFailure("the sandbox gave no file") from exc
+        if not (mode.isdecimal() and mode.isascii()):
             raise RuntimeFailure("the sandbox gave no file")
         file = tempfile.TemporaryFile(dir=self._spool, buffering=0)  # noqa: SIM115 - the writer's to close
         return DockerWriter(self._execs, user, file, temporary, final, mode)

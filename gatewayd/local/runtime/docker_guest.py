@@ -1,8 +1,8 @@
 """The shell scripts that Docker runs inside a sandbox for us.
 
-They need what every image has: a POSIX shell, cat, setsid, stat, mktemp, mv. Each says what it has to say in records
-(`docker_wire`); paths come octal-escaped for ``printf %b``, so that any byte may be in them. Whatever these scripts say is
-said by the sandbox, and checked outside.
+They need a POSIX shell and the GNU coreutils with setsid, as in the default snapshot. Each says what it has to say in records
+(`docker_wire`); paths go in octal-escaped for ``printf %b`` and come out as hexadecimal digits, so that any byte may be in them.
+Whatever these scripts say is said by the sandbox, and checked outside.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SPAWN = ("/bin/sh", "/run/gatewayd/spawn")  # with GATEWAYD_SPAWN in its environ
 
 # say TEXT: one record on stdout; fail TEXT: the last one. account: sets the variables of user $__who, as in /etc/passwd.
 _COMMON = r"""
-say() { printf '\036\377%s %.1000s\036' "$__token" "$1"; }
+say() { printf '\036\377%s %.16000s\036' "$__token" "$1"; }
 fail() { say "error $1"; exit 0; }
 why() { LC_ALL=C ls -dL -- "$1" 2>&1 >/dev/null; }
 account() {
@@ -160,7 +160,7 @@ exec cat
 """
 )
 
-# Arguments: token, user, path. Makes the temporary neighbour; records: mode, temporary path, final path.
+# Arguments: token, user, path. Makes the temporary neighbour; records: mode, temporary path, final path, these in hexadecimal.
 WRITE = (
     _COMMON
     + r"""
@@ -186,8 +186,9 @@ if [ -n "$owner" ]; then
     x=$(LC_ALL=C chown -- "$owner" "$t" 2>&1) || { rm -f -- "$t"; fail "$x"; }
 fi
 say "mode $mode"
-say "temporary $t"
-say "final $p"
+digits() { printf %s "$1" | od -An -v -tx1 | tr -d ' \n'; }
+say "temporary $(digits "$t")"
+say "final $(digits "$p")"
 """
 )
 
@@ -256,13 +257,21 @@ thread.join()
 """
 
 
-def escape(path: str | os.PathLike[str]) -> str:
+def escape(path: str | bytes) -> str:
     """A path as an argument that ``printf %b`` turns back into the same bytes. Raises ValueError for a NUL."""
     raw = os.fsencode(path)
     if b"\0" in raw:
         raise ValueError("a NUL byte in a path")
     plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-"
     return "".join(chr(byte) if byte in plain else f"\\0{byte:03o}" for byte in raw)
+
+
+def unescape(digits: str) -> bytes:
+    """A path that a script told in hexadecimal. Raises ValueError for what is none."""
+    raw = bytes.fromhex(digits)
+    if not raw.startswith(b"/") or b"\0" in raw:
+        raise ValueError("no absolute path")
+    return raw
 
 
 def account_name(user: str | None) -> str:

@@ -142,6 +142,7 @@ def _bridge(execs: Execs, pump: Pump, tasks: TaskOwner, relay: int) -> socket.so
     def half_close() -> None:
         with contextlib.suppress(OSError):
             ours.shutdown(socket.SHUT_WR)
+        release()
         if outlet.broken:  # closed, not half-closed: that does not get through to the relay
             with contextlib.suppress(RuntimeError):  # the box is closing
                 tasks.start(kill(), f"relay {relay} kill")
@@ -155,14 +156,18 @@ def _bridge(execs: Execs, pump: Pump, tasks: TaskOwner, relay: int) -> socket.so
     inward = tasks.start(pump.inward(ours.fileno()), f"relay {relay} in")
     outward = tasks.start(pump.outward({STDOUT: outlet}, on_record), f"relay {relay} out")
 
-    def done(_: object) -> None:
+    def release() -> None:
         if inward.done() and outward.done():
-            outlet.close()
             pump.close()
-            ours.close()
-        elif outward.done():  # the relay is gone: what is still written goes nowhere
-            inward.cancel()
+            if outlet.closed:  # else bytes still wait for their reader
+                ours.close()
 
-    inward.add_done_callback(done)
-    outward.add_done_callback(done)
+    def outward_done(_: object) -> None:
+        inward.cancel()  # the relay is gone: what is still written goes nowhere
+        if outward.cancelled():
+            outlet.close()
+        release()
+
+    inward.add_done_callback(lambda _: release())
+    outward.add_done_callback(outward_done)
     return theirs

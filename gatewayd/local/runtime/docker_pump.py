@@ -38,6 +38,11 @@ class Outlet:
         self._ending = False  # end() was called
         self.broken = False  # its reader closed it before the end
 
+    @property
+    def closed(self) -> bool:
+        """Whether the stream has ended and everything queued is with the reader, or dropped."""
+        return self._fd < 0
+
     async def feed(self, data: bytes) -> None:
         """Queue bytes; waits while more than the limit is queued."""
         self.queue(data)

@@ -17,7 +17,7 @@ STDERR = 2
 _HEADER = 8  # bytes before each frame
 _MARK = b"\x1e\xff"  # rarely the last bytes of anything: what may begin a record is held back for a moment
 _END = b"\x1e"
-_MAX_RECORD = 2048  # bytes of one record's text; what is longer is output
+_MAX_RECORD = 16384  # bytes of one record's text; what is longer is output
 
 
 class WireError(Exception):
