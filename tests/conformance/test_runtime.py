@@ -491,14 +491,15 @@ async def test_the_machine_is_described(runtime: Runtime) -> None:
     assert all(finding.remedy for finding in findings if not finding.ok)
 
 
-async def test_nothing_is_left_after_many_lives(runtime: Runtime, start: Start) -> None:
+async def test_nothing_is_left_after_many_lives(runtime: Runtime, start: Start, state: Path) -> None:
     def census() -> tuple[int, int, int, int]:
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
         processes = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid="], capture_output=True, text=True, check=False)
         return (
             len(list(Path("/proc/self/fd").iterdir())),
-            len(Path("/proc/self/mounts").read_text().splitlines()),
+            sum(text in line for line in mounts for text in (str(state), "gatewayd-docker-")),
             len(processes.stdout.split()),
-            threading.active_count(),
+            sum(thread.name == "netns" for thread in threading.enumerate()),
         )
 
     async def live(box_id: str) -> None:
