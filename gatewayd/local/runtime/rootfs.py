@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gatewayd.local.runtime.base import RuntimeFailure
 
-_VERSION = "1"  # raised when the synthetic files change: existing sandboxes keep the layer they were made on
+_VERSION = "2"  # raised when the synthetic files change: existing sandboxes keep the layer they were made on
 
 # Copied from this machine's /etc: what programs under /usr need to find their libraries, certificates and defaults.
 _ETC = (
@@ -75,6 +75,13 @@ _SYNTHETIC = {
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n",
     "etc/resolv.conf": "",
     "etc/shells": "/bin/sh\n/bin/bash\n",
+    "etc/pam.d/other": (  # su, runuser, passwd and cron ask PAM, and refuse without a policy
+        "auth\tsufficient\tpam_rootok.so\n"
+        "auth\trequired\tpam_unix.so\n"
+        "account\trequired\tpam_unix.so\n"
+        "password\trequired\tpam_unix.so\n"
+        "session\trequired\tpam_unix.so\n"
+    ),
     "etc/profile": (
         "# Login shells.\n"
         'PATH="${PATH:-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}"\n'
@@ -155,6 +162,7 @@ def ensure_base(bases: Path, uid: int, gid: int) -> str:
     for source in _sources():
         _copy(source, draft / source.relative_to("/"))
     for path, content, mode in _texts():
+        (draft / path).parent.mkdir(mode=0o755, exist_ok=True)
         (draft / path).write_text(content)
         (draft / path).chmod(mode)
     if (uid, gid) != (os.getuid(), os.getgid()):
