@@ -269,7 +269,9 @@ async def test_nothing_is_left_after_many_lives(start: Start) -> None:
         box = await start(id=f"n{number}")
         await sh(box, "echo x > /root/x")
         await box.stop(grace=0.1)
-    assert census() == before
+    async with asyncio.timeout(10):  # what is just being closed still counts: what stays is a leak
+        while any(now > then for now, then in zip(census(), before, strict=True)):  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.05)
 
 
 KILLED_SERVICE = """
