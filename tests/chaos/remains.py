@@ -42,7 +42,7 @@ def orphans(*known: int) -> list[psutil.Process]:
 
 
 def groups(state_dir: Path) -> set[str]:
-    """Sandboxes that have control groups of the service on that state directory."""
+    """Control groups of the service on that state directory: its own, and of sandboxes by their ids."""
     name = "gatewayd-" + hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
     found = set()
     for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -51,8 +51,8 @@ def groups(state_dir: Path) -> set[str]:
             Path("/sys/fs/cgroup")
         ]
         for folder in {parent / name for top in tops for parent in (top, top / path.lstrip("/"))}:
-            if folder.is_dir():
-                found |= {entry.name for entry in folder.iterdir() if entry.is_dir()}
+            with contextlib.suppress(FileNotFoundError):
+                found |= {name, *(entry.name for entry in folder.iterdir() if entry.is_dir())}
     return found
 
 
@@ -96,7 +96,7 @@ class Footprint:
 
     descriptors: int  # of the service itself
     processes: int  # below it
-    groups: int  # sandboxes with control groups
+    groups: int  # control groups, one for each sandbox and one for all of them
     mounts: int  # in this machine's own namespace
     loops: int  # loop devices
     disks: int  # sandboxes with a folder

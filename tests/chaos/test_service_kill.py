@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.chaos.load import BOXES, Ledger, Load
-from tests.chaos.remains import Footprint, disks, footprint, orphans, rows, trash
+from tests.chaos.remains import Footprint, disks, footprint, groups, loops, mounts, orphans, rows, trash
 from tests.sdk.conftest import wait_until
 
 if TYPE_CHECKING:
@@ -51,6 +51,18 @@ async def test_a_service_killed_at_random_moments_keeps_its_promises(start: Star
     assert rows(service.state_dir) == {}
     assert disks(service.state_dir) == set()
     check_nothing_is_left(service, idle)
+
+
+@pytest.mark.parametrize("sandboxes", [0, 3])
+def test_a_killed_service_that_does_not_come_back_leaves_nothing(start: Start, sandboxes: int) -> None:
+    service = start()
+    with service.client() as client:
+        for _ in range(sandboxes):
+            client.create_sandbox().run("sleep 1000 >/dev/null 2>&1 </dev/null &")
+    service.kill()
+    wait_until(lambda: not orphans(), "no process is left")
+    assert groups(service.state_dir) == set()
+    assert loops(service.state_dir) == mounts(service.state_dir) == []
 
 
 async def killed_under_load(service: Service, answers: int, load: Load) -> None:

@@ -13,6 +13,7 @@ from gatewayd.local.runtime.checks import why_no_disk_limits
 
 from .conftest import Host
 
+MOUNTPOINTS = ("/mnt", "/media", "/srv", "/opt")  # where a sandbox is put together, in a mount namespace of its own
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 
 
@@ -35,6 +36,14 @@ def _orphans() -> list[psutil.Process]:
     return [one for one in psutil.process_iter(["ppid", "name"]) if one.info["ppid"] == 1 and one.info["name"] in names]
 
 
+def _mounts(pid: int, state: str) -> int:
+    """Mounts in the driver's own namespace, this machine's, that can be of a sandbox: by what is mounted, or where."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/mounts").read_text().splitlines()]
+    return sum(
+        state in source + target or "bases/" in options or target in MOUNTPOINTS for source, target, _, options, _, _ in lines
+    )
+
+
 def census(host: Host) -> Census:
     driver = psutil.Process(host.process.pid)
     processes = [driver, *driver.children(recursive=True), *_orphans()]
@@ -54,9 +63,9 @@ def census(host: Host) -> Census:
         processes=len(processes),
         namespaces=len(namespaces),
         descriptors=len(descriptors),
-        mounts=len(Path(f"/proc/{driver.pid}/mounts").read_text().splitlines()),
+        mounts=_mounts(driver.pid, str(host.state)),
         loops=len(loops),
-        control_groups=sum(1 for _ in Path("/sys/fs/cgroup").glob(f"*/gatewayd-{instance}/*/")),
+        control_groups=sum(1 for kind in ("", "/*/") for _ in Path("/sys/fs/cgroup").glob(f"*/gatewayd-{instance}{kind}")),
         files=len(files),
         trash=sum(1 for path in files if path.parent.name == "trash"),
     )

@@ -20,6 +20,8 @@ import psutil
 import pytest
 from langsmith.sandbox import AsyncSandboxClient, SandboxClient
 
+from tests.chaos.remains import groups
+
 START_DEADLINE = 30.0  # seconds; it takes half of one
 STOP_DEADLINE = 10.0  # seconds the service itself promises
 
@@ -98,6 +100,7 @@ class Service:
             assert word not in log, log
         assert self.key not in log
         assert not (self.state_dir / "endpoint.json").exists()
+        assert groups(self.state_dir) == set()
 
     def kill(self) -> None:
         """SIGKILL."""

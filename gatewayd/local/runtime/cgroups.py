@@ -1,11 +1,13 @@
 """Control groups for sandboxes: v1 hierarchies as root, a delegated v2 subtree otherwise.
 
-What this machine lets us enforce is found once; what it does not is said in words by `Limits.note`, never pretended.
+What this machine lets us enforce is found once; what it does not is said in words by `Limits.note`, never pretended. A service's
+own group is there while sandboxes have groups in it: whoever removes the last of them, service or monitor, removes it too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 MAX_PIDS = 4096  # processes and threads of one sandbox
 _V1 = ("memory", "cpu", "pids")
 _CPU_PERIOD = 100_000  # microseconds
+_ATTEMPTS = 100  # to make a group whose parent others remove at the same time
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Cgroups:
                         parent.mkdir(exist_ok=True)
                         self._parents[controller] = parent
                         break
+        self.close()  # it was a trial
         if not self._parents:
             for _, names, path in mine:
                 if not names:
@@ -66,13 +70,29 @@ class Cgroups:
             for pid in (own / "cgroup.procs").read_text().split():
                 (leaf / "cgroup.procs").write_text(pid)
             (own / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in wanted))
-            parent = own / self._instance
-            parent.mkdir(exist_ok=True)
-            (parent / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in wanted))
+            self._parents = dict.fromkeys(wanted, own / self._instance)
+            self._v2 = True
+            self._make_parent(own / self._instance)
         except OSError:
-            return  # not delegated to us
-        self._v2 = True
-        self._parents = dict.fromkeys(wanted, parent)
+            self._parents = {}  # not delegated to us
+        self.close()
+
+    def _make_parent(self, parent: Path) -> None:
+        parent.mkdir(exist_ok=True)
+        if self._v2:
+            (parent / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in self._parents))
+
+    def _make(self, folder: Path) -> None:
+        """Make a sandbox's group, while monitors of others may be removing the parent that it has just become the last of."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._make_parent(folder.parent)
+                folder.mkdir(exist_ok=True)
+            except OSError as exc:
+                if exc.errno not in (errno.ENOENT, errno.ENODEV) or attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                return
 
     def create(self, box_id: str, vcpus: float | None, mem_bytes: int | None) -> Limits:
         """Make the groups of one sandbox.
@@ -88,7 +108,7 @@ class Cgroups:
         folders = tuple(dict.fromkeys(parent / box_id for parent in self._parents.values()))
         try:
             for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
+                self._make(folder)
             self._fill(box_id, vcpus, mem_bytes)
         except OSError:
             self.remove(box_id)
@@ -124,16 +144,15 @@ class Cgroups:
         for parent in set(self._parents.values()):
             with contextlib.suppress(OSError):
                 (parent / box_id).rmdir()
+        self.close()
 
     def leftovers(self) -> set[str]:
         """Ids of sandboxes that have groups, living or not."""
-        return {
-            entry.name
-            for parent in set(self._parents.values())
-            if parent.is_dir()
-            for entry in os.scandir(parent)
-            if entry.is_dir()
-        }
+        found: set[str] = set()
+        for parent in set(self._parents.values()):
+            with contextlib.suppress(FileNotFoundError):  # no sandbox has any there
+                found |= {entry.name for entry in os.scandir(parent) if entry.is_dir()}
+        return found
 
     def pids(self, box_id: str) -> set[int]:
         """Processes in one sandbox's groups."""
@@ -144,7 +163,7 @@ class Cgroups:
         return found
 
     def close(self) -> None:
-        """Remove our own parent groups if they are empty."""
+        """Remove our own parent groups if they are empty; idempotent."""
         for parent in set(self._parents.values()):
             with contextlib.suppress(OSError):
                 parent.rmdir()

@@ -55,12 +55,8 @@ def main() -> int:
         packets.send(lifeline, {"running": True})
     reason = _wait(lifeline, tree)
     _end(plan, tree)
-    try:
+    with contextlib.suppress(OSError):  # the service was killed
         packets.send(lifeline, {"ended": reason})
-    except OSError:  # the service was killed: the last monitor to leave removes what it made for all sandboxes
-        for folder in plan["cgroups"]:
-            with contextlib.suppress(OSError):
-                Path(folder).parent.rmdir()
     return 0
 
 
@@ -92,6 +88,10 @@ def _end(plan: dict[str, Any], tree: Tree) -> None:
                 break
             except OSError:
                 time.sleep(0.01)  # the kernel empties a group a moment after its last process
+            else:
+                break
+        with contextlib.suppress(OSError):  # the last to leave removes what was made for all sandboxes
+            Path(folder).parent.rmdir()
 
 
 def _reap_all(deadline: float) -> None:
