@@ -9,12 +9,15 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from gatewayd.local import dataplane, exec_sse, exec_ws, files, rest_server, schemas, search
+from gatewayd.local import absent, dataplane, exec_sse, exec_ws, files, rest_server, schemas, search
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import STATUS_TYPES, ServiceError, error_response, validation_response
 from gatewayd.local.guard import Guard, GuardMiddleware
 from gatewayd.local.statedir import version
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")  # that any path has
 
 
 def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
@@ -22,7 +25,10 @@ def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
     app = FastAPI(title="gatewayd local", version=version() or "0", docs_url=None, redoc_url=None)
     app.state.boxes = boxes
     for prefix, tag in zip(rest_server.PREFIXES, schemas.TAGS, strict=False):
-        app.include_router(rest_server.router, prefix=prefix, tags=[tag["name"]])
+        for router in (rest_server.router, absent.router):
+            app.include_router(router, prefix=prefix, tags=[tag["name"]])
+    app.include_router(absent.workspace_router, tags=["workspace"])
+    app.include_router(absent.dataplane_router)
     for router in (dataplane.router, exec_sse.router, exec_ws.router, files.router, search.router):
         app.include_router(router, tags=["data plane"], responses=schemas.answers(None, 404))
     app.openapi = partial(schemas.describe, app)  # type: ignore[method-assign]  # the way FastAPI documents
@@ -45,5 +51,20 @@ async def _invalid(request: Request, exc: Any) -> JSONResponse:
 
 
 async def _http_error(request: Request, exc: Any) -> JSONResponse:
-    error = ServiceError(exc.status_code, STATUS_TYPES.get(exc.status_code, "InvalidRequest"), str(exc.detail))
-    return error_response(error, _where(request), exc.headers)
+    message, headers = str(exc.detail), exc.headers
+    if exc.status_code == 404:
+        message = f"there is nothing at {request.url.path[:200]}"
+    elif exc.status_code == 405:
+        allowed = _methods(request)
+        message, headers = f"{request.method[:20]} is not possible here: use {allowed}", {"Allow": allowed}
+    error = ServiceError(exc.status_code, STATUS_TYPES.get(exc.status_code, "InvalidRequest"), message)
+    return error_response(error, _where(request), headers)
+
+
+def _methods(request: Request) -> str:
+    """Every method that the path of a request has (RFC 9110 section 10.2.1); each of them is a route of its own."""
+
+    def has(method: str) -> bool:
+        return any(route.matches({**request.scope, "method": method})[0] == Match.FULL for route in request.app.routes)
+
+    return ", ".join(filter(has, METHODS))

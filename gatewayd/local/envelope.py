@@ -23,6 +23,7 @@ STATUS_TYPES = {  # the "error" of answers that no handler of ours made
     408: "Timeout",
     409: "Conflict",
     413: "PayloadTooLarge",
+    426: "UpgradeRequired",
     503: "ServiceUnavailable",
     507: "StorageFull",
 }

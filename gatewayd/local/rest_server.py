@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import AfterValidator
 
 from gatewayd.local.boxes import Boxes
-from gatewayd.local.envelope import ServiceError, unsupported
+from gatewayd.local.envelope import ServiceError
 from gatewayd.local.listing import MAX_CURSOR, Order
 from gatewayd.local.models import DEFAULT_SNAPSHOT_ID, DEFAULT_SNAPSHOT_NAME, DEFAULT_SNAPSHOT_REFERENCES, CreateBody, PatchBody
 from gatewayd.local.schemas import SandboxList, SandboxStatus, SandboxView, SnapshotList, SnapshotTags, SnapshotView, answers
@@ -228,25 +228,3 @@ def _default_snapshot() -> dict[str, Any]:
         "labels": {},
         "run_config": None,
     }
-
-
-@router.post("/snapshots", responses=answers(None, 422))
-@router.delete("/snapshots/{_reference}", responses=answers(None, 422))
-@router.post("/boxes/{_name}/snapshot", responses=answers(None, 422))
-async def no_snapshots() -> None:
-    """Snapshots cannot be made or removed."""
-    raise unsupported(f"this service has the one snapshot {DEFAULT_SNAPSHOT_NAME!r} and makes no others")
-
-
-@router.post("/boxes/{_name}/service-url", responses=answers(None, 422))
-@router.get("/boxes/{_name}/service-urls", responses=answers(None, 422))
-@router.delete("/boxes/{_name}/service-urls", responses=answers(None, 422))
-async def no_service_urls() -> None:
-    """Ports are reached through /tunnel."""
-    raise unsupported("this service makes no service URLs; use a tunnel to the port")
-
-
-@router.post("/boxes/{_name}/download-url", responses=answers(None, 422))
-async def no_download_urls() -> None:
-    """Files are read through /download."""
-    raise unsupported("this service makes no download links; use /download")

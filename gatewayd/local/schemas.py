@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from gatewayd.local.models import RunConfig
 
@@ -20,9 +20,10 @@ use, and `/api/v2/sandboxes`, for its generated clients. The data plane of a san
 Every request carries the API key in `X-Api-Key`. Errors are `{"detail": {"error", "message", "error_id"}}`; the log has the
 `error_id` too. Refused values are 422 with their place (`loc`).
 """
-TAGS = [
+TAGS = [  # the first ones in the order of rest_server.PREFIXES
     {"name": "sandboxes", "description": "The control plane, as the hand-written clients ask for it."},
     {"name": "sandboxes (generated clients)", "description": "The same operations under the generated clients' prefix."},
+    {"name": "workspace", "description": "What LangSmith keeps for a whole workspace: nothing of it is here."},
     {"name": "data plane", "description": "Inside one sandbox: commands and files. A stopped sandbox is started by a request."},
 ]
 
@@ -126,11 +127,31 @@ class SnapshotTags(BaseModel):
     tags: list[SnapshotTag]
 
 
+class RegistryList(BaseModel):
+    """A page of registries, of which there are none; `items` repeats `registries`."""
+
+    registries: list[None]
+    items: list[None]
+    next_cursor: None
+    offset: int
+
+
+class ServiceUrlList(BaseModel):
+    """A page of shared ports, of which there are none."""
+
+    items: list[None]
+    next_cursor: None
+
+
+class SecretList(RootModel[list[None]]):
+    """The workspace secrets, of which there are none."""
+
+
 _MEANINGS = {
     400: "the request makes no sense, or the sandbox cannot be started",
     403: "this Host name is not answered",
     401: "no API key, or a wrong one",
-    404: "there is no such sandbox or snapshot",
+    404: "there is nothing of that name",
     408: "not ready within `timeout`",
     409: "the name is taken, or the sandbox is being deleted",
     422: "not available in this service",

@@ -16,8 +16,14 @@ for await (const box of boxes.list({ label: [`run=${name}`], page_size: 1, sort_
 seen("Boxes.list", "ok");
 await fails(boxes, "list", invalid, { limit: 0 });
 said.push(await refused(boxes, "createSnapshot", invalid, name, { body_name: "captured", name: "captured" }));
-for (const [method, body] of [["generateServiceURL", { port: 80 }], ["listServiceURLs", {}], ["deleteServiceURL", { port: 80 }], ["generateDownloadURL", { path: "/f" }]])
-  said.push(await refused(boxes, method, invalid, name, body));
+for (const [method, error, body] of [["generateServiceURL", invalid, { port: 80 }], ["deleteServiceURL", gone, { port: 80 }], ["generateDownloadURL", invalid, { path: "/f" }]])
+  said.push(await refused(boxes, method, error, name, body));
+const shared = [];
+for await (const port of boxes.listServiceURLs(name)) shared.push(port);
+seen("Boxes.listServiceURLs", "ok");
+await fails(boxes, "listServiceURLs", gone, "nobody");
+const { registries: known } = await ok(registries, "list");
+await fails(registries, "list", invalid, { limit: 0 });
 await ok(boxes, "stop", name);
 for (const one of [name, `${name}-2`]) await ok(boxes, "delete", one);
 for (const method of ["retrieve", "start", "stop", "getStatus", "delete"]) await fails(boxes, method, gone, name);
@@ -34,4 +40,4 @@ for (const method of ["retrieve", "retrieveByName"]) {
 said.push(await refused(snapshots, "create", invalid, { name, docker_image: "python:3.12", fs_capacity_bytes: 1 << 30 }));
 said.push(await refused(snapshots, "delete", invalid, "default"));
 await fails(generated("wrong").sandboxes.boxes, "retrieve", "AuthenticationError", name);
-done({ made: made.name, started: started.status, status, ttl, listed, found, said });
+done({ made: made.name, started: started.status, status, ttl, listed, found, said, shared, registries: known });

@@ -50,12 +50,11 @@ async def test_what_boxes_do_not_do(world: World, name: str) -> None:
     boxes = world.generated.sandboxes.boxes
     await world.settle(boxes.create(name=name))
     await world.refused(boxes.create_snapshot, UNPROCESSABLE, "makes no others", name, body_name="captured")
-    for method, options in (
-        (boxes.generate_service_url, {"port": 80}),
-        (boxes.list_service_urls, {}),
-        (boxes.delete_service_url, {"port": 80}),
-    ):
-        await world.refused(method, UNPROCESSABLE, "use a tunnel", name, **options)
+    await world.refused(boxes.generate_service_url, UNPROCESSABLE, "use a tunnel", name, port=80)
+    await world.refused(boxes.delete_service_url, NOT_FOUND, "no port 80 of sandbox", name, port=80)
+    assert await everything(world, boxes.list_service_urls(name)) == []
+    seen[f"{type(boxes).__name__}.list_service_urls"].add(OK)
+    await world.fails(boxes.list_service_urls, NOT_FOUND, NOBODY, NOBODY)
     await world.refused(boxes.generate_download_url, UNPROCESSABLE, "use /download", name, path="/file")
     await world.settle(boxes.delete(name))
 
@@ -77,11 +76,11 @@ async def test_snapshots(world: World, name: str) -> None:
 async def test_registries(world: World) -> None:
     registries = await world.get(world.generated.sandboxes, "registries")
     account = {"url": "registry.example.com", "username": "robot", "password": "x"}
-    refusal = (NOT_FOUND, UNPROCESSABLE)
-    await world.refused(registries.create, refusal, "error_id", name="internal", **account)
+    await world.refused(registries.create, UNPROCESSABLE, "pulls no images", name="internal", **account)
     for method in (registries.retrieve, registries.update, registries.delete):
-        await world.refused(method, refusal, "error_id", "internal")
-    await world.refused(registries.list, refusal, "error_id")
+        await world.refused(method, NOT_FOUND, "'internal' not found", "internal")
+    assert (await world.ok(registries.list)).registries == []
+    await world.fails(registries.list, UNPROCESSABLE, "limit", limit=0)
 
 
 async def test_raw_and_streamed_answers(world: World) -> None:

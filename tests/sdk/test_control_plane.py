@@ -241,6 +241,62 @@ def test_refusals_have_one_shape_and_an_id_that_the_log_has(service: Service, sa
         assert detail["error_id"] in service.text()
 
 
+@pytest.mark.parametrize("prefix", ["/v2/sandboxes", "/api/v2/sandboxes"])
+def test_what_this_service_has_not_is_answered_in_the_same_shape(service: Service, sandbox: Any, prefix: str) -> None:
+    box, secrets = f"{prefix}/boxes/{sandbox.name}", "/api/v1/workspaces/current/secrets"
+    account = {"name": "x", "url": "registry.example.com", "username": "u", "password": "s3cret"}
+    cases: list[tuple[str, str, Any, int, str]] = [
+        ("POST", f"{prefix}/registries", account, 422, "Unsupported"),
+        ("GET", f"{prefix}/registries/x", None, 404, "NotFound"),
+        ("PATCH", f"{prefix}/registries/x", {"password": "s3cret"}, 404, "NotFound"),
+        ("DELETE", f"{prefix}/registries/x", None, 404, "NotFound"),
+        ("POST", f"{prefix}/snapshots", {"name": "x"}, 422, "Unsupported"),
+        ("DELETE", f"{prefix}/snapshots/default", None, 422, "Unsupported"),
+        ("GET", f"{prefix}/snapshots-by-name/x", None, 404, "NotFound"),
+        ("POST", f"{box}/snapshot", {"name": "x"}, 422, "Unsupported"),
+        ("POST", f"{box}/service-url", {"port": 80}, 422, "Unsupported"),
+        ("DELETE", f"{box}/service-urls?port=80", None, 404, "NotFound"),
+        ("DELETE", f"{box}/service-urls", None, 404, "NotFound"),
+        ("POST", f"{box}/download-url", {"path": "/x"}, 422, "Unsupported"),
+        ("POST", secrets, {"key": "K", "value": "s3cret"}, 422, "Unsupported"),
+        ("PUT", f"{secrets}/K", {"value": "s3cret"}, 422, "Unsupported"),
+        ("GET", f"{secrets}/K", None, 404, "NotFound"),
+        ("DELETE", f"{secrets}/K", None, 404, "NotFound"),
+        ("GET", f"{prefix}/nowhere", None, 404, "NotFound"),
+        ("GET", f"{box}/nowhere", None, 404, "NotFound"),
+        ("PUT", f"{prefix}/boxes", {}, 405, "MethodNotAllowed"),
+        ("GET", f"{sandbox.dataplane_url}/tunnel", None, 426, "UpgradeRequired"),
+        ("GET", f"{sandbox.dataplane_url}/execute/ws", None, 426, "UpgradeRequired"),
+    ]
+    cases += [
+        (method, f"{prefix}/boxes/nobody/{path}", {} if method == "POST" else None, 404, "NotFound")
+        for method, path in (
+            ("POST", "snapshot"),
+            ("POST", "service-url"),
+            ("GET", "service-urls"),
+            ("DELETE", "service-urls"),
+            ("POST", "download-url"),
+        )
+    ]
+    with service.http() as http:
+        for method, path, body, status, error in cases:
+            answer = http.request(method, path, json=body)
+            assert (answer.status_code, answer.json()["detail"]["error"]) == (status, error), (method, path, answer.text)
+            assert set(answer.json()["detail"]) == {"error", "message", "error_id"}
+            assert answer.json()["detail"]["error_id"] in service.text()
+        assert http.put(f"{prefix}/boxes").headers["allow"] == "GET, POST"
+        assert http.post(box).headers["allow"] == "GET, PATCH, DELETE"
+        page = {"registries": [], "items": [], "next_cursor": None, "offset": 0}
+        assert http.get(f"{prefix}/registries").json() == page
+        assert http.get(f"{box}/service-urls").json() == {"items": [], "next_cursor": None}
+        assert http.get(secrets).json() == []
+        for path in (f"{prefix}/registries", f"{box}/service-urls"):
+            for field, value in (("cursor", "1"), ("page_size", "0")):
+                answer = http.get(path, params={field: value})
+                assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, ["query", field])
+    assert "s3cret" not in service.text()
+
+
 def test_validation_points_at_the_value_and_does_not_repeat_it(service: Service) -> None:
     with service.http() as http:
         answer = http.post("/v2/sandboxes/boxes", json={"vcpus": "seventeen", "env_vars": {"A": 5, "TOKEN=": "s3cret"}})

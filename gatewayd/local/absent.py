@@ -1,0 +1,133 @@
+"""What LangSmith's service has and this one has not, each with its answer (protocol section 1).
+
+Lists are empty, which is the truth; nothing of any name can be looked up, 404; what cannot be made is 422 and says what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.exceptions import HTTPException
+
+from gatewayd.local.envelope import ServiceError, unsupported
+from gatewayd.local.listing import invalid
+from gatewayd.local.models import DEFAULT_SNAPSHOT_NAME
+from gatewayd.local.rest_server import MAX_PAGE, Cursor, boxes_of
+from gatewayd.local.schemas import RegistryList, SecretList, ServiceUrlList, answers
+
+SECRETS = "/api/v1/workspaces/current/secrets"
+
+router = APIRouter()  # below each prefix of the control plane
+workspace_router = APIRouter()  # at the top
+dataplane_router = APIRouter()  # too
+
+PageSize = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+Offset = Annotated[int, Query(ge=0)]
+
+
+def _missing(what: str, name: str) -> ServiceError:
+    return ServiceError(404, "NotFound", f"{what} '{name[:200]}' not found")
+
+
+def _refuse_cursor(cursor: str | None) -> None:
+    if cursor is not None:
+        raise invalid("cursor", "is not a next_cursor of this list")
+
+
+@router.post("/snapshots", responses=answers(None, 422))
+@router.delete("/snapshots/{_reference}", responses=answers(None, 422))
+async def no_snapshots() -> None:
+    """Snapshots cannot be made or removed."""
+    raise unsupported(f"this service has the one snapshot {DEFAULT_SNAPSHOT_NAME!r} and makes no others")
+
+
+@router.post("/boxes/{name}/snapshot", responses=answers(None, 404, 422))
+async def no_capture(request: Request, name: str) -> None:
+    """A sandbox cannot be made a snapshot of."""
+    boxes_of(request).get(name)
+    await no_snapshots()
+
+
+@router.post("/registries", responses=answers(None, 422))
+async def no_registry() -> None:
+    """Registries are for images, and none are pulled."""
+    raise unsupported(f"this service pulls no images: its sandboxes run the one snapshot {DEFAULT_SNAPSHOT_NAME!r}")
+
+
+@router.get("/registries", responses=answers(RegistryList))
+async def list_registries(
+    limit: PageSize = 50,
+    page_size: PageSize = 50,
+    offset: Offset = 0,
+    cursor: Cursor = None,
+    name_contains: str | None = None,
+) -> dict[str, Any]:
+    """There are none."""
+    _refuse_cursor(cursor)
+    return {"registries": [], "items": [], "next_cursor": None, "offset": offset}
+
+
+@router.get("/registries/{name}", responses=answers(None, 404))
+@router.patch("/registries/{name}", responses=answers(None, 404))
+@router.delete("/registries/{name}", responses=answers(None, 404))
+async def no_such_registry(name: str) -> None:
+    """There is none of any name."""
+    raise _missing("Registry", name)
+
+
+@router.post("/boxes/{name}/service-url", responses=answers(None, 404, 422))
+async def no_service_url(request: Request, name: str) -> None:
+    """Ports are reached through /tunnel."""
+    boxes_of(request).get(name)
+    raise unsupported("this service makes no service URLs; use a tunnel to the port")
+
+
+@router.get("/boxes/{name}/service-urls", responses=answers(ServiceUrlList, 404))
+async def list_service_urls(request: Request, name: str, page_size: PageSize = 50, cursor: Cursor = None) -> dict[str, Any]:
+    """No port is shared."""
+    boxes_of(request).get(name)
+    _refuse_cursor(cursor)
+    return {"items": [], "next_cursor": None}
+
+
+@router.delete("/boxes/{name}/service-urls", responses=answers(None, 404))
+async def no_such_service_url(request: Request, name: str, port: Annotated[int | None, Query(ge=1, le=65535)] = None) -> None:
+    """No port is shared that could be taken back."""
+    boxes_of(request).get(name)
+    what = "no port" if port is None else f"no port {port}"
+    raise ServiceError(404, "NotFound", f"{what} of sandbox '{name[:200]}' is shared")
+
+
+@router.post("/boxes/{name}/download-url", responses=answers(None, 404, 422))
+async def no_download_url(request: Request, name: str) -> None:
+    """Files are read through /download."""
+    boxes_of(request).get(name)
+    raise unsupported("this service makes no download links; use /download")
+
+
+@workspace_router.get(SECRETS, responses=answers(SecretList))
+async def list_secrets() -> list[Any]:
+    """There are none."""
+    return []
+
+
+@workspace_router.post(SECRETS, responses=answers(None, 422))
+@workspace_router.put(SECRETS + "/{_key}", responses=answers(None, 422))
+async def no_secret() -> None:
+    """Workspace secrets are for proxy rules, and there are none. The body is not looked at: it holds a secret."""
+    raise unsupported("this service keeps no workspace secrets; give a sandbox what it needs in env_vars")
+
+
+@workspace_router.get(SECRETS + "/{key}", responses=answers(None, 404))
+@workspace_router.delete(SECRETS + "/{key}", responses=answers(None, 404))
+async def no_such_secret(key: str) -> None:
+    """There is none of any name."""
+    raise _missing("Workspace secret", key)
+
+
+@dataplane_router.get("/dataplane/{box_id}/execute/ws", include_in_schema=False)
+@dataplane_router.get("/dataplane/{box_id}/tunnel", include_in_schema=False)
+async def no_plain_http() -> None:
+    """What is a WebSocket has no answer to a plain request (RFC 9110 section 15.5.22)."""
+    raise HTTPException(426, "this is a WebSocket: ask for an upgrade", {"Upgrade": "websocket", "Connection": "Upgrade"})
