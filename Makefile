@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both set up what they need.
 
-.PHONY: demo demo-down test check unit e2e setup-test clean
+.PHONY: demo demo-down test check unit e2e setup-test runsc clean
 
 demo:
 	@scripts/setup demo
@@ -16,6 +16,10 @@ test: setup-test check
 setup-test:
 	@scripts/setup test
 
+# gVisor, for the tests of the runsc runtime; `make test` builds it by itself as root beside Docker.
+runsc:
+	@scripts/runsc
+
 check: setup-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -28,4 +32,4 @@ e2e: setup-test
 	.venv/bin/pytest tests/e2e
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .runsc

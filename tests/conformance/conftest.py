@@ -19,13 +19,12 @@ import pytest_asyncio
 from gatewayd.local.runtime.base import Box, BoxSpec, Process, Runtime, SpawnSpec
 from gatewayd.local.runtime.docker import DockerRuntime
 from gatewayd.local.runtime.docker_api import DockerApi, part
-from gatewayd.local.runtime.gvisor import RUNSC, GvisorRuntime
+from gatewayd.local.runtime.gvisor import ARGUMENTS, RUNSC, GvisorRuntime
 from gatewayd.local.runtime.native import NativeRuntime
 
 from . import dockerd
 
-HAVE_RUNSC = shutil.which(RUNSC) is not None
-RUNTIMES = ["native", "docker", *([RUNSC] if HAVE_RUNSC else [])]  # its absence is told once, in test_gvisor.py
+RUNTIMES = ["native", "docker", *dockerd.GVISOR]  # gVisor's absence is told in test_gvisor.py
 
 
 async def read_all(fd: int) -> bytes:
@@ -151,11 +150,29 @@ def docker_socket() -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture(scope="session")
+def gvisor_socket(docker_socket: Path) -> Iterator[Path]:
+    """The socket of a Docker daemon that has gVisor as it should be, or a skipped test."""
+    if dockerd.RUNSC_PATH is None:
+        pytest.skip("needs gVisor: install runsc, or build it by `make runsc` (needs Go)")
+    info = asyncio.run(DockerApi(docker_socket).request("ask Docker", "GET", "/info"))
+    with contextlib.ExitStack() as stack:
+        path = docker_socket
+        if not set(ARGUMENTS) <= set(info["Runtimes"].get(RUNSC, {}).get("runtimeArgs") or ()):
+            try:
+                path = stack.enter_context(dockerd.private(dockerd.GVISOR))
+            except dockerd.Unavailable as exc:
+                pytest.skip(str(exc))
+        yield path
+
+
 class Kind(NamedTuple):
     """How to make a runtime, here and in a process of its own."""
 
+    name: str
     make: Callable[[Path], Runtime]
     code: str  # an expression for the same, where STATE is the folder
+    socket: Path | None = None  # of the Docker daemon, if it needs one
 
 
 @pytest.fixture(scope="module", params=RUNTIMES)
@@ -164,18 +181,11 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     if request.param == "native":
         if shutil.which("bwrap") is None:
             pytest.skip("bubblewrap is not installed")
-        return Kind(NativeRuntime, "gatewayd.local.runtime.native.NativeRuntime(STATE)")
-    path: Path = request.getfixturevalue("docker_socket")
-    if request.param == "docker":
-        return Kind(
-            lambda state: DockerRuntime(state, path), f"gatewayd.local.runtime.docker.DockerRuntime(STATE, Path({str(path)!r}))"
-        )
-    info = asyncio.run(DockerApi(path).request("ask Docker", "GET", "/info"))
-    if RUNSC not in info["Runtimes"]:
-        pytest.skip("runsc is installed, but this Docker daemon does not list it: `runsc install`")
-    return Kind(
-        lambda state: GvisorRuntime(state, path), f"gatewayd.local.runtime.gvisor.GvisorRuntime(STATE, Path({str(path)!r}))"
-    )
+        return Kind("native", NativeRuntime, "gatewayd.local.runtime.native.NativeRuntime(STATE)")
+    made: type[DockerRuntime | GvisorRuntime] = DockerRuntime if request.param == "docker" else GvisorRuntime
+    path: Path = request.getfixturevalue("docker_socket" if request.param == "docker" else "gvisor_socket")
+    code = f"{made.__module__}.{made.__qualname__}(STATE, Path({str(path)!r}))"
+    return Kind(request.param, lambda state: made(state, path), code, path)
 
 
 @pytest.fixture(scope="module")
@@ -186,24 +196,23 @@ def state() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-async def clear(runtime: Runtime, request: pytest.FixtureRequest) -> None:
+async def clear(runtime: Runtime) -> None:
     """Remove all that a runtime keeps between two lives of a service."""
     for box_id in await runtime.disks():
         await runtime.remove(box_id)
     assert await runtime.disks() == set()
     await runtime.aclose()
     if isinstance(runtime, DockerRuntime):  # its image is a cache: nothing else removes it
-        api = DockerApi(request.getfixturevalue("docker_socket"))
         for image in await runtime._images._mine():
-            await api.request("remove an image", "DELETE", f"/images/{part(image)}")
+            await runtime._api.request("remove an image", "DELETE", f"/images/{part(image)}")
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def runtime(kind: Kind, state: Path, request: pytest.FixtureRequest) -> AsyncIterator[Runtime]:
+async def runtime(kind: Kind, state: Path) -> AsyncIterator[Runtime]:
     runtime = kind.make(state)
     await runtime.recover()
     yield runtime
-    await clear(runtime, request)
+    await clear(runtime)
 
 
 Start = Callable[..., Awaitable[Box]]

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from gatewayd.local.runtime.gvisor import ARGUMENTS, RUNSC
 
 RUNNING = Path("/var/run/docker.sock")
 _START_DEADLINE = 20.0  # seconds for a daemon to answer
 _STOP_DEADLINE = 20.0
+
+
+def _find_runsc() -> Path | None:
+    """gVisor's runsc: where $GATEWAYD_RUNSC says, else on $PATH, else as `make runsc` builds it."""
+    built = Path(__file__).parents[2] / ".runsc" / RUNSC
+    named = os.environ.get("GATEWAYD_RUNSC") or shutil.which(RUNSC) or (built if built.exists() else None)
+    return Path(named).absolute() if named else None
+
+
+RUNSC_PATH = _find_runsc()
+Runtimes = Mapping[str, Sequence[str]]  # names that a daemon gives to runsc, and the arguments it passes to it
+GVISOR: Runtimes = {RUNSC: ARGUMENTS} if RUNSC_PATH is not None else {}
 
 
 class Unavailable(Exception):
@@ -36,7 +51,14 @@ def daemon() -> Iterator[Path]:
     """The socket of a daemon. Raises Unavailable."""
     if answers(RUNNING):
         yield RUNNING
-        return
+    else:
+        with private(GVISOR) as path:
+            yield path
+
+
+@contextlib.contextmanager
+def private(runtimes: Runtimes) -> Iterator[Path]:
+    """The socket of a daemon of our own, with no runtimes but these and its default. Raises Unavailable."""
     if os.geteuid() != 0:
         raise Unavailable("no Docker daemon that this user may use, and only root can start one")
     if shutil.which("dockerd") is None:
@@ -45,9 +67,9 @@ def daemon() -> Iterator[Path]:
     try:
         with contextlib.ExitStack() as stack:
             try:
-                path = stack.enter_context(_private(folder, "overlay2"))
+                path = stack.enter_context(_start(folder, "overlay2", runtimes))
             except Unavailable:  # no overlay on this file system, as in a container
-                path = stack.enter_context(_private(folder, "vfs"))
+                path = stack.enter_context(_start(folder, "vfs", runtimes))
             yield path
     finally:
         _unmount(folder)
@@ -55,10 +77,11 @@ def daemon() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _private(folder: Path, driver: str) -> Iterator[Path]:
+def _start(folder: Path, driver: str, runtimes: Runtimes) -> Iterator[Path]:
     path = folder / "docker.sock"
-    (folder / "daemon.json").write_text("{}")  # this machine's own configuration is not for us
-    group = f"gatewayd-test-{os.getpid()}"
+    listed = {name: {"path": str(RUNSC_PATH), "runtimeArgs": list(arguments)} for name, arguments in runtimes.items()}
+    (folder / "daemon.json").write_text(json.dumps({"runtimes": listed}))  # not this machine's own configuration
+    group = folder.name
     command = [
         *("setpriv", "--pdeathsig", "TERM", "--", "dockerd"),
         *("--config-file", str(folder / "daemon.json"), "--host", f"unix://{path}", "--pidfile", str(folder / "pid")),
@@ -66,8 +89,6 @@ def _private(folder: Path, driver: str) -> Iterator[Path]:
         *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--bridge=none"),
         *("--storage-driver", driver),
     ]
-    if (runsc := shutil.which("runsc")) is not None:
-        command += ["--add-runtime", f"runsc={runsc}"]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)

@@ -23,12 +23,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def runtime(
-    docker_socket: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> AsyncIterator[DockerRuntime]:
+async def runtime(docker_socket: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DockerRuntime]:
     runtime = DockerRuntime(tmp_path_factory.mktemp("state"), docker_socket)
     yield runtime
-    await clear(runtime, request)
+    await clear(runtime)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

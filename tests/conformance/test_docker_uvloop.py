@@ -6,7 +6,6 @@ import asyncio
 import os
 from pathlib import Path
 
-import pytest
 import uvloop
 
 from gatewayd.local.runtime.base import BoxSpec
@@ -15,7 +14,7 @@ from gatewayd.local.runtime.docker import DockerRuntime
 from .conftest import clear, converse, run, sh
 
 
-def test_it_works_on_uvloop(docker_socket: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_it_works_on_uvloop(docker_socket: Path, tmp_path: Path) -> None:
     async def live() -> None:
         runtime = DockerRuntime(tmp_path, docker_socket)
         await runtime.recover()
@@ -31,7 +30,7 @@ def test_it_works_on_uvloop(docker_socket: Path, tmp_path: Path, request: pytest
             box._namespace = None
         await converse(box)
         await box.stop(grace=0.1)
-        await clear(runtime, request)
+        await clear(runtime)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(live())

@@ -24,7 +24,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gatewayd.local.runtime import docker_checks, docker_guest
 from gatewayd.local.runtime.base import STATE_MODE, BoxSpec, Finding, RuntimeFailure
@@ -78,6 +78,7 @@ class DockerRuntime:
     """Boxes by Docker. See `base.Runtime`."""
 
     name = "docker"
+    tmpfs: ClassVar[dict[str, str]] = _TMPFS  # what is in memory inside: folder → mount options
 
     def __init__(self, state_dir: Path, socket_path: Path = DEFAULT_SOCKET, oci_runtime: str | None = None) -> None:
         """`oci_runtime` is one that the daemon lists, such as "runsc"; None: its default, which must be runc or like it."""
@@ -184,7 +185,7 @@ class DockerRuntime:
                 "NetworkMode": "none",
                 "Sysctls": self._sysctls(),
                 "Binds": ["/usr:/usr:ro"],
-                "Tmpfs": _TMPFS,
+                "Tmpfs": self.tmpfs,
                 "CapDrop": ["ALL"],
                 "CapAdd": [_CAPABILITIES[number] for number in sorted(kernel.SANDBOX_CAPABILITIES)],
                 "SecurityOpt": ["no-new-privileges"],
@@ -201,7 +202,7 @@ class DockerRuntime:
         return str(made["Id"])
 
     def _sysctls(self) -> dict[str, str]:
-        """::1 on the loopback interface, which Docker would leave out; gVisor's network stack has it anyway."""
+        """::1 on the loopback interface, which Docker would leave out; gVisor takes no such settings."""
         ipv6 = self._oci_runtime is None and Path("/proc/sys/net/ipv6").is_dir()
         return {"net.ipv6.conf.lo.disable_ipv6": "0"} if ipv6 else {}
 

@@ -27,14 +27,9 @@ def unenforced(spec: BoxSpec, info: dict[str, Any]) -> str:
 
 
 def findings(info: dict[str, Any], oci_runtime: str | None) -> list[Finding]:
-    """What `info` means for sandboxes."""
+    """What `info` means for sandboxes. `oci_runtime`: as `DockerRuntime` takes it."""
     version = printable(str(info.get("ServerVersion", "of unknown version")))
     found = [Finding("docker", True, f"daemon {version}, storage {printable(str(info.get('Driver')))}")]
-    if oci_runtime is not None:
-        runtimes = info.get("Runtimes")
-        listed = isinstance(runtimes, dict) and oci_runtime in runtimes
-        detail = "listed by the daemon" if listed else "not listed by the daemon: sandboxes do not start"
-        found.append(Finding(oci_runtime, listed, detail, "" if listed else f"install it, then `{oci_runtime} install`"))
     for field, what in _LIMITS:
         ok = bool(info.get(field))
         found.append(Finding(what, ok, "enforced" if ok else "not enforced", "" if ok else _REMEDY_LIMITS))
