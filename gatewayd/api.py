@@ -86,7 +86,8 @@ class ErrorKind:
     FAILED = "failed"  # it was tried and went wrong
     INVALID = "invalid"  # the service refused a value
     NOT_FOUND = "not_found"  # no such sandbox
-    UNAVAILABLE = "unavailable"  # service, daemon or link cannot be reached
+    UNAVAILABLE = "unavailable"  # service, daemon or link cannot be reached: trying again may help
+    STOPPED = "stopped"  # the sandbox does not run, and was not to be started: trying again is of no use
     INTERNAL = "internal"  # a defect of this program
     CONFLICT = "conflict"  # a name is taken, a thing is in use
     PORT_IN_USE = "port_in_use"  # the local port is taken
@@ -105,6 +106,7 @@ EXIT_CODES: dict[str, int] = {
     ErrorKind.INVALID: 65,  # EX_DATAERR
     ErrorKind.NOT_FOUND: 68,  # EX_NOHOST
     ErrorKind.UNAVAILABLE: 69,  # EX_UNAVAILABLE
+    ErrorKind.STOPPED: 69,
     ErrorKind.UNSUPPORTED: 69,
     ErrorKind.INTERNAL: 70,  # EX_SOFTWARE
     ErrorKind.CONFLICT: 73,  # EX_CANTCREAT
@@ -122,6 +124,7 @@ HTTP_STATUS: dict[str, int] = {
     ErrorKind.INVALID: 422,
     ErrorKind.NOT_FOUND: 404,
     ErrorKind.UNAVAILABLE: 503,
+    ErrorKind.STOPPED: 409,
     ErrorKind.INTERNAL: 500,
     ErrorKind.CONFLICT: 409,
     ErrorKind.PORT_IN_USE: 409,
@@ -245,6 +248,7 @@ def caller_headers(profile: str | None = None, environ: Mapping[str, str] | None
 OP_CONNECT = "connect"  # {port}: afterwards the bytes of that TCP connection
 OP_SSH = "ssh"  # {}: the same to the sandbox's sshd, which is started if need be
 OP_FORWARD = "forward"  # {remote_port, local_port, address}: listens for as long as the connection lives; JSON events follow
+OP_GUEST = "guest"  # {session, mode, received, wake}: a session with the sandbox's guest; its frames follow (docs/guest-protocol.md)
 OP_EXEC = "exec"  # {command | argv, env, cwd, shell, timeout, pty, cols, rows, close_stdin}: frames follow, both ways
 
 LINE_MAX = 65536  # bytes of a request or reply line, newline included
