@@ -75,6 +75,19 @@ if TYPE_CHECKING:
         forwards: list[ForwardStatus]
         local: LocalStatus
 
+    class SandboxStatus(TypedDict):
+        """GET /v1/sandboxes/NAME/status. Neither starts the sandbox nor anything in it."""
+
+        status: str  # as the service says it
+        status_message: str | None
+        ssh: str | None  # what carries ssh, "guest" or "text"; None until that is known. That it is "sshd", only a client knows
+        link: LinkStatus | None  # None: nothing has connected to it lately
+
+    class SshHost(TypedDict):
+        """GET /v1/ssh: what a client must know in order to pin the gateway."""
+
+        host_key: str  # public key, "TYPE BASE64"
+
 
 VERSION = "0.1.0"  # of the daemon and the command, which are installed together
 
@@ -250,6 +263,13 @@ OP_SSH = "ssh"  # {}: the same to the sandbox's sshd, which is started if need b
 OP_FORWARD = "forward"  # {remote_port, local_port, address}: listens for as long as the connection lives; JSON events follow
 OP_GUEST = "guest"  # {session, mode, received, wake}: a session with the sandbox's guest; its frames follow (docs/guest-protocol.md)
 OP_EXEC = "exec"  # {command | argv, env, cwd, shell, timeout, pty, cols, rows, close_stdin}: frames follow, both ways
+
+# Optional fields of ssh, and (wake) of everything that connects.
+FIELD_WAKE = "wake"  # bool: whether a stopped sandbox is started; without it as `start_on_connect` of the configuration says
+FIELD_DIRECT = "direct"  # bool: the sandbox's own sshd instead of the gateway's
+
+SSH_PREFIX = "sandbox-"  # of a host name for ssh: the sandbox's name follows
+SSH_USER = "sandbox"  # login name that stands for the image's own user
 
 LINE_MAX = 65536  # bytes of a request or reply line, newline included
 LINE_DEADLINE = 10.0  # seconds a client has for its request line

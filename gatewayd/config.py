@@ -3,6 +3,7 @@
 ``$GATEWAYD_CONFIG``, else ``$XDG_CONFIG_HOME/gatewayd/config.toml``, else ``~/.config/gatewayd/config.toml``::
 
     default_profile = "work"
+    start_on_connect = false                       # a connection does not start a stopped sandbox; default: it does
 
     [profiles.work]
     endpoint = "https://langsmith.example.com"
@@ -33,6 +34,7 @@ DEFAULT_ENDPOINT = "https://api.smith.langchain.com"
 FILE_MAX = 1 << 20  # bytes of a configuration file
 KEY_MAX = 4096  # bytes of an API key file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a profile
+KEYS = ("default_profile", "start_on_connect", "profiles")  # of the file itself
 PROFILE_KEYS = frozenset({"endpoint", "api_key_file", "api_key_env", "workspace_id", "ca_file"})
 
 
@@ -120,6 +122,7 @@ class Config:
     state_dir: Path  # logs, the embedded service's state
     config_file: Path  # need not exist
     default_profile: str = ""  # "": none named
+    start_on_connect: bool = True  # whether a connection starts a stopped sandbox, where the request does not say
     profiles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the tables of the file, checked
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # the daemon's environment when it started
     proxies: Proxies = field(default_factory=Proxies)
@@ -228,8 +231,8 @@ def load(environ: Mapping[str, str]) -> Config:
     table = _read_toml(path, required=bool(environ.get("GATEWAYD_CONFIG")))
     profiles: dict[str, Mapping[str, str]] = {}
     for key in table:
-        if key not in ("default_profile", "profiles"):
-            raise config_error(f"{path}: unknown key {key!r}", "known keys: default_profile, profiles")
+        if key not in KEYS:
+            raise config_error(f"{path}: unknown key {key!r}", f"known keys: {', '.join(KEYS)}")
     tables = table.get("profiles", {})
     if not isinstance(tables, dict):
         raise config_error(f"{path}: profiles must be tables", "write [profiles.NAME]")
@@ -242,11 +245,15 @@ def load(environ: Mapping[str, str]) -> Config:
         raise config_error(
             f"{path}: default_profile {default!r} is not defined", f"add [profiles.{default}], or change default_profile"
         )
+    start_on_connect = table.get("start_on_connect", True)
+    if not isinstance(start_on_connect, bool):
+        raise config_error(f"{path}: start_on_connect must be true or false")
     return Config(
         runtime_dir=Path(api.runtime_dir(environ)),
         state_dir=Path(api.state_dir(environ)),
         config_file=path,
         default_profile=default,
+        start_on_connect=start_on_connect,
         profiles=profiles,
         environ=dict(environ),
         proxies=Proxies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -21,7 +22,7 @@ from gatewayd.sandbox.embedded import Embedded
 from gatewayd.sandbox.pool import Pool
 
 if TYPE_CHECKING:
-    from gatewayd.api import Status
+    from gatewayd.api import LinkStatus, SandboxStatus, SshHost, Status
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Services:
     embedded: Embedded
     stop: Callable[[bool], None]  # begins the daemon's stop; True: leave the embedded service running
     started_at: float = field(default_factory=time.time)  # Unix time
+    carrier: Callable[[Account, str], str] = lambda account, sandbox: ""  # what carries ssh and exec there; "": not known yet
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,15 @@ async def get_sandbox(services: Services, call: Call) -> Reply:
 
 
 async def get_sandbox_status(services: Services, call: Call) -> Reply:
-    return Reply(await services.accounts.select(call.caller).rest.status(call.path["name"]))
+    account, name = services.accounts.select(call.caller), call.path["name"]
+    answer = await account.rest.status(name)
+    status: SandboxStatus = {
+        "status": answer.get("status", ""),
+        "status_message": answer.get("status_message"),
+        "ssh": services.carrier(account, name) or None,
+        "link": _link(services, account, name),
+    }
+    return Reply(status)
 
 
 async def update_sandbox(services: Services, call: Call) -> Reply:
@@ -184,6 +194,13 @@ async def wait_for_sandbox(services: Services, call: Call) -> Reply:
     return Reply(await wait_for(account.rest, call.path["name"], wanted, _timeout(call)))
 
 
+async def get_ssh_host(services: Services, call: Call) -> Reply:
+    from gatewayd.frontends.ssh.hostkey import public_host_key
+
+    host: SshHost = {"host_key": await asyncio.to_thread(public_host_key, services.settings.current().state_dir)}
+    return Reply(host)
+
+
 async def add_ssh_keys(services: Services, call: Call) -> Reply:
     account, name, keys = _ssh_request(services, call)
     user, host_keys = await sshd.ensure_running(account, services.directory, name)
@@ -199,12 +216,13 @@ async def remove_ssh_keys(services: Services, call: Call) -> Reply:
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/status", get_status, "The daemon, its links and its forwards"),
     Route("POST", "/shutdown", shutdown, "Stop the daemon, and the local service unless it is to be kept", ("keep_local",)),
+    Route("GET", "/ssh", get_ssh_host, "The host key that ssh is shown for every sandbox"),
     Route("GET", "/sandboxes", list_sandboxes, "List sandboxes", query=("limit", "offset", *LIST_FILTERS)),
     Route("POST", "/sandboxes", create_sandbox, "Create a sandbox", (*CREATE_FIELDS, "wait", "timeout")),
     Route("GET", "/sandboxes/{name}", get_sandbox, "Get a sandbox"),
     Route("PATCH", "/sandboxes/{name}", update_sandbox, "Change or rename a sandbox", UPDATE_FIELDS),
     Route("DELETE", "/sandboxes/{name}", delete_sandbox, "Delete a sandbox"),
-    Route("GET", "/sandboxes/{name}/status", get_sandbox_status, "Get a sandbox's state only"),
+    Route("GET", "/sandboxes/{name}/status", get_sandbox_status, "Get a sandbox's state, and how it is reached"),
     Route("POST", "/sandboxes/{name}/start", start_sandbox, "Start a sandbox", ("wait", "timeout")),
     Route("POST", "/sandboxes/{name}/stop", stop_sandbox, "Stop a sandbox", ("wait", "timeout")),
     Route("POST", "/sandboxes/{name}/wait", wait_for_sandbox, "Wait until a sandbox is ready or stopped", ("for", "timeout")),
@@ -238,6 +256,11 @@ async def _settled(account: Account, name: str, wanted: str, call: Call) -> dict
     if call.body.flag("wait"):
         return await wait_for(account.rest, name, wanted, _timeout(call))
     return await account.rest.get(name)
+
+
+def _link(services: Services, account: Account, name: str) -> LinkStatus | None:
+    links = (link for link in services.pool.status() if (link["sandbox"], link["profile"]) == (name, account.name))
+    return next(links, None)
 
 
 def _ssh_request(services: Services, call: Call) -> tuple[Account, str, list[str]]:

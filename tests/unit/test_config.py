@@ -51,6 +51,11 @@ def test_nothing_configured_means_local(tmp_path: Path) -> None:
     assert config.resolve(Caller(profile="local")) is None
 
 
+def test_starting_on_connect_can_be_switched_off(tmp_path: Path) -> None:
+    assert load({"HOME": str(tmp_path)}).start_on_connect
+    assert not configured(tmp_path, "start_on_connect = false\n").start_on_connect
+
+
 def test_a_profile_of_the_file(tmp_path: Path, key_file: Path) -> None:
     config = configured(
         tmp_path,
@@ -140,6 +145,7 @@ def test_key_files_that_hold_no_key(tmp_path: Path, key_file: Path) -> None:
         ("\x00", "not valid TOML"),
         ("defualt_profile = 'a'", "unknown key 'defualt_profile'"),
         ("default_profile = 3", "default_profile must be a string"),
+        ("start_on_connect = 'no'", "start_on_connect must be true or false"),
         ("default_profile = 'gone'", "'gone' is not defined"),
         ("profiles = 3", "profiles must be tables"),
         ("[profiles]\nwork = 3", "profiles.work must be a table"),

@@ -26,6 +26,7 @@ class Control:
     def __init__(self, path: Path, stops: list[bool]) -> None:
         self.path = path
         self.stops = stops  # what POST /shutdown asked for
+        self.carriers: dict[tuple[str, str], str] = {}  # profile and sandbox → what Services.carrier says
         self.http = httpx2.AsyncClient(transport=httpx2.AsyncHTTPTransport(uds=str(path)), base_url="http://gatewayd")
 
     async def ask(self, verb: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -48,6 +49,7 @@ async def sock(parts: Parts, tmp_path: Path) -> AsyncIterator[Control]:
         server = ControlServer(services)
         await server.start(listener)
         client = Control(path, stops)
+        services.carrier = lambda account, sandbox: client.carriers.get((account.name, sandbox), "")
         yield client
         await client.http.aclose()
         await server.aclose()
@@ -75,7 +77,12 @@ async def test_a_sandbox_from_beginning_to_end(sock: Control, service: FakeServi
     assert (status, box["name"], box["status"]) == (201, "new", "ready")
     assert service.seen[-1].body == {"name": "new", "vcpus": 2, "labels": {"a": "b"}, "wait_for_ready": False}
     assert (await sock.ask("GET", "/v1/sandboxes/new"))[1]["id"] == "id-new"
-    assert (await sock.ask("GET", "/v1/sandboxes/new/status"))[1] == {"status": "ready", "status_message": None}
+    assert (await sock.ask("GET", "/v1/sandboxes/new/status"))[1] == {
+        "status": "ready",
+        "status_message": None,
+        "ssh": None,
+        "link": None,
+    }
     status, body = await sock.ask("GET", "/v1/sandboxes?limit=1&offset=1&name_contains=n&label=a%3Db")
     assert [box["name"] for box in body["sandboxes"]] == ["new"]
     assert service.seen[-1].query == "name_contains=n&label=a%3Db&limit=1&offset=1"
@@ -107,6 +114,31 @@ async def test_links_are_ended_with_their_sandbox(sock: Control, service: FakeSe
         await parts.pool.warm(parts.accounts.select(Caller()), name)
         assert (await sock.ask(verb, f"/v1/sandboxes/{name}{path}", body))[0] in (200, 204)
         await until(lambda: all(link["state"] == "down" for link in parts.pool.status()), "the link is down")
+
+
+async def test_the_status_tells_how_a_sandbox_is_reached(sock: Control, service: FakeService, parts: Parts) -> None:
+    account = parts.accounts.select(Caller())
+    await parts.pool.warm(account, "x")
+    sock.carriers[account.name, "x"] = "guest"
+    _, body = await sock.ask("GET", "/v1/sandboxes/x/status")
+    assert (body["ssh"], body["link"]["state"], body["link"]["sandbox"]) == ("guest", "up", "x")
+    service.add_box("idle", status="stopped")
+    asked = len(service.seen)
+    _, body = await sock.ask("GET", "/v1/sandboxes/idle/status")
+    assert body == {"status": "stopped", "status_message": None, "ssh": None, "link": None}
+    assert len(service.seen) == asked + 1  # one question, which starts nothing
+
+
+async def test_the_host_key_stays_the_same(sock: Control, tmp_path: Path) -> None:
+    (tmp_path / ".local/state/gatewayd").mkdir(parents=True)  # as the daemon does when it starts
+    status, body = await sock.ask("GET", "/v1/ssh")
+    assert status == 200
+    assert body["host_key"].startswith("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI")
+    assert (await sock.ask("GET", "/v1/ssh"))[1] == body
+    key = tmp_path / ".local/state/gatewayd/ssh_host_ed25519_key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    key.chmod(0o644)
+    assert error(await sock.ask("GET", "/v1/ssh"))[:2] == (500, "config")
 
 
 @pytest.mark.parametrize(
