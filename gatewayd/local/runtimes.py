@@ -11,8 +11,8 @@ from gatewayd.local.runtime.base import Finding, Runtime
 NAMES = ("native", "docker", "runsc")  # the first is the default
 
 
-def make_runtime(name: str, state_dir: Path) -> Runtime:
-    """The runtime of that name, one of NAMES."""
+def make_runtime(name: str, state_dir: Path, base: Path | None = None) -> Runtime:
+    """The runtime of that name, one of NAMES; `base` is for the first alone."""
     if name == "docker":
         from gatewayd.local.runtime.docker import DockerRuntime
 
@@ -23,7 +23,7 @@ def make_runtime(name: str, state_dir: Path) -> Runtime:
         return GvisorRuntime(state_dir)
     from gatewayd.local.runtime.native import NativeRuntime
 
-    return NativeRuntime(state_dir)
+    return NativeRuntime(state_dir, base)
 
 
 def table(findings: Iterable[Finding]) -> str:

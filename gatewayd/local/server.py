@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         return _fail(str(exc), EX_CANTCREAT)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(state, sock, args.host, args.runtime))
+            return runner.run(_serve(state, sock, args.host, args.runtime, args.base))
     except (StateDirError, StoreError) as exc:
         return _fail(str(exc), EX_OSFILE)
     except RuntimeFailure as exc:
@@ -78,12 +78,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--runtime", choices=NAMES, default=NAMES[0], help="what runs the sandboxes (default: %(default)s)")
     parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="ARCHIVE",
+        help="make sandboxes on the root file system in this tar file (native runtime only)",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="say what the runtime finds on this machine, and exit (0: all is there)"
     )
     args = parser.parse_args(argv)
     if args.state_dir is None and not args.check:
         parser.error("the following arguments are required: --state-dir")
     args.state_dir = args.state_dir or "."
+    if args.base is not None and args.runtime != NAMES[0]:
+        parser.error(f"--base needs the {NAMES[0]} runtime")
+    if args.base is not None and not args.base.is_file():
+        parser.error(f"--base: no such file: {args.base}")
     return args
 
 
@@ -139,10 +149,10 @@ def _endpoint(sock: socket.socket, host: str) -> str:
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
-async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str) -> int:
+async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str, base: Path | None) -> int:
     store = Store(state.database)
     state.claim(runtime, empty=not store.load())
-    boxes = Boxes(store, make_runtime(runtime, state.path))
+    boxes = Boxes(store, make_runtime(runtime, state.path, base))
     tasks = TaskOwner("service")
     try:
         await boxes.recover()

@@ -2,7 +2,7 @@
 
 On disk, below the state folder::
 
-    bases/HASH/          the default snapshot's layer (`rootfs`)
+    bases/HASH/          the default snapshot's layer (`rootfs`), or an archive's (`layers`)
     boxes/ID/upper/      what the sandbox wrote; work/ is overlayfs's own
     boxes/ID/disk.img    both of them instead, on a disk of limited size, mounted on disk/ where nobody else sees it
     boxes/ID/base        the name of the layer it was made on
@@ -22,7 +22,7 @@ import signal
 import threading
 from pathlib import Path
 
-from gatewayd.local.runtime import cgroups, checks, disk, idmap, rootfs
+from gatewayd.local.runtime import cgroups, checks, disk, idmap, layers, rootfs
 from gatewayd.local.runtime.base import BoxSpec, Finding, RuntimeFailure, box_dir
 from gatewayd.local.runtime.checks import can_size_tmpfs, find_bubblewrap
 from gatewayd.local.runtime.inside import loopdisk, seccomp
@@ -44,13 +44,16 @@ class NativeRuntime:
 
     name = "native"
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, base: Path | None = None) -> None:
+        """`base`: archive of a root file system to make sandboxes on, instead of this machine's own programs."""
         self._state_dir = state_dir
+        self._base = base
         self._ids = idmap.current()
         instance = hashlib.sha256(str(state_dir.resolve()).encode()).hexdigest()[:12]
         self._cgroups = cgroups.Cgroups(instance)
         self._call_filter = seccomp.program() or b""  # for everything inside; empty on a machine without a table
         self._base_lock = threading.Lock()  # the first sandboxes may all be started at once
+        self._unpacking = asyncio.Lock()  # the same, for `base`
         self._tasks = TaskOwner("native")  # one watcher for each running box
         self._ends: set[asyncio.Future[str]] = set()  # `ended` of each running box
 
@@ -87,7 +90,11 @@ class NativeRuntime:
         if bwrap is None:
             raise RuntimeFailure("cannot start the sandbox: bubblewrap is not installed (apt-get install bubblewrap)")
         try:
-            base, disk_note = await asyncio.to_thread(self._prepare_disk, spec)
+            archived = None
+            if self._base is not None:
+                async with self._unpacking:
+                    archived = await layers.ensure_archive(self._state_dir / "bases", self._base, self._ids, self._delete)
+            base, disk_note = await asyncio.to_thread(self._prepare_disk, spec, archived)
             sized = spec.mem_bytes is not None and await asyncio.to_thread(can_size_tmpfs, bwrap)
             limits = self._cgroups.create(spec.id, spec.vcpus, spec.mem_bytes)
         except OSError as exc:
@@ -102,7 +109,7 @@ class NativeRuntime:
             "cgroups": [str(folder) for folder in limits.folders],
             "bwrap": bwrap,
             "isolation": self._isolation(spec),
-            "mounts": self._mounts(spec, sized=sized),
+            "mounts": self._mounts(spec, sized=sized, host_usr=not base.startswith(layers.ARCHIVE_PREFIX)),
             "max_pids": cgroups.MAX_PIDS,
             "seccomp": self._call_filter.hex(),
         }
@@ -122,24 +129,30 @@ class NativeRuntime:
         return [*namespaces, "--hostname", spec.hostname, "--die-with-parent", "--cap-drop", "ALL", "--chdir", "/"]
 
     @staticmethod
-    def _mounts(spec: BoxSpec, *, sized: bool) -> list[str]:
+    def _mounts(spec: BoxSpec, *, sized: bool, host_usr: bool) -> list[str]:
         # a /tmp as large as the memory limit would, once full, leave no memory to any process
         size = ["--size", str(max(_MIN_TMPFS, (spec.mem_bytes or 0) // 2))] if sized else []
         shared = [word for path in ("/dev/shm", "/tmp") for word in (*size, "--perms", "1777", "--tmpfs", path)]  # noqa: S108 - inside
         hidden = [word for path in _MASKED if Path(path).exists() for word in ("--ro-bind", "/dev/null", path)]
         own = ["--proc", "/proc", "--dev", "/dev", *shared, *size, "--perms", "755", "--tmpfs", "/run"]
-        return ["--ro-bind", "/usr", "/usr", *own, *hidden]
+        return [*(["--ro-bind", "/usr", "/usr"] if host_usr else []), *own, *hidden]
 
-    def _prepare_disk(self, spec: BoxSpec) -> tuple[str, str]:
-        """Make what is missing of a box's folder; returns the name of its base layer and what of its size is not enforced."""
+    def _prepare_disk(self, spec: BoxSpec, archived: str | None) -> tuple[str, str]:
+        """Make what is missing of a box's folder; returns the name of its base layer and what of its size is not enforced.
+
+        `archived` is the layer for a new box; None: the default snapshot's.
+        """
         bases = self._state_dir / "bases"
         folder = box_dir(self._state_dir, spec.id)
         marker = folder / _BASE_MARKER
         if marker.is_file() and (bases / (name := marker.read_text().strip())).is_dir():
             return name, disk.prepare(folder, spec.fs_capacity_bytes)
-        with self._base_lock:
-            bases.mkdir(mode=0o700, parents=True, exist_ok=True)
-            name = rootfs.ensure_base(bases, self._ids.root_uid, self._ids.root_gid)
+        if archived is None:
+            with self._base_lock:
+                bases.mkdir(mode=0o700, parents=True, exist_ok=True)
+                name = rootfs.ensure_base(bases, self._ids.root_uid, self._ids.root_gid)
+        else:
+            name = archived
         for path in (folder.parent, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         note = disk.prepare(folder, spec.fs_capacity_bytes)

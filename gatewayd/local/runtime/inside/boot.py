@@ -13,13 +13,12 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gatewayd.local.runtime.inside import agent, kernel, loopdisk
+from gatewayd.local.runtime.inside import agent, idspace, kernel, loopdisk
 
 _DEADLINE = 15.0  # seconds for bubblewrap to report that the sandbox stands
 _MOUNTPOINTS = ("/mnt", "/media", "/srv", "/opt")  # a folder every user may pass through; used in a private mount namespace only
@@ -82,7 +81,10 @@ def boot(plan: dict[str, Any], tree: Tree, channel: socket.socket) -> None:
         if len(pids) == 2:
             tree.bubblewrap = int(pids[0])
             if _read(pipes.mapped_r, 1, deadline):
-                _write_maps(tree.bubblewrap, plan["id_map"])
+                try:
+                    idspace.write_maps(tree.bubblewrap, plan["id_map"])
+                except idspace.MapError as exc:
+                    raise BootError(str(exc)) from exc
                 os.write(pipes.go_w, b"x")
                 if info := _read(pipes.info_r, 65536, deadline, b"}"):
                     init = int(json.loads(info)["child-pid"])
@@ -106,22 +108,6 @@ def _read(fd: int, size: int, deadline: float, end: bytes = b"") -> bytes:
         if not chunk or (end and data.rstrip(b" \n").endswith(end)):
             break
     return data
-
-
-def _write_maps(pid: int, id_map: dict[str, Any]) -> None:
-    """Map the ids of the launcher's new user namespace: directly as root, else by newuidmap(1)."""
-    method = id_map["method"]
-    if method == "single":
-        Path(f"/proc/{pid}/setgroups").write_text("deny")
-    for kind in ("uid", "gid"):
-        rows = [[str(number) for number in row] for row in id_map[kind]]
-        if method == "newuidmap":
-            words = [word for row in rows for word in row]
-            done = subprocess.run([f"new{kind}map", str(pid), *words], capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise BootError(f"new{kind}map: {done.stderr.strip()}")
-        else:
-            Path(f"/proc/{pid}/{kind}_map").write_text("\n".join(" ".join(row) for row in rows))
 
 
 def explain(exc: BaseException) -> str:
@@ -174,7 +160,7 @@ def _launch(plan: dict[str, Any], pipes: _Pipes) -> None:
     os.write(pipes.mapped_w, b"x")
     if os.read(pipes.go_r, 1) != b"x":
         return
-    _become_root_inside()
+    idspace.become_root()
     if privileged:
         kernel.unshare(kernel.CLONE_NEWNS)
     else:
@@ -213,13 +199,6 @@ def _mount_overlay(plan: dict[str, Any], target: str) -> None:
     kernel.mount("overlay", target, "overlay", 0, f"lowerdir={plan['lower']},upperdir={upper},workdir={work},userxattr")
 
 
-def _become_root_inside() -> None:
-    os.setresgid(0, 0, 0)
-    os.setresuid(0, 0, 0)
-    with contextlib.suppress(PermissionError):  # refused where only one id is mapped; nothing to drop there either
-        os.setgroups([])
-
-
 def _join(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
     """Enter the sandbox's namespaces when told to, and leave the agent there."""
     pipes.keep(pipes.enter_r, pipes.error_w)
@@ -233,7 +212,7 @@ def _join(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
     for fd in fds:
         kernel.setns(fd)
         os.close(fd)
-    _become_root_inside()
+    idspace.become_root()
     if os.fork() == 0:  # only a child is inside the new pid namespace
         pipes.keep()
         agent.run(channel, bytes.fromhex(plan["seccomp"]), plan["max_pids"])
