@@ -21,9 +21,9 @@ _STOP_DEADLINE = 20.0
 
 
 def _find_runsc() -> Path | None:
-    """gVisor's runsc: where $GATEWAYD_RUNSC says, else on $PATH, else as `make runsc` builds it."""
+    """gVisor's runsc: where $GATEWAYD_RUNSC says, else as `make runsc` builds it, else on $PATH."""
     built = Path(__file__).parents[2] / ".runsc" / RUNSC
-    named = os.environ.get("GATEWAYD_RUNSC") or shutil.which(RUNSC) or (built if built.exists() else None)
+    named = os.environ.get("GATEWAYD_RUNSC") or (built if built.exists() else shutil.which(RUNSC))
     return Path(named).absolute() if named else None
 
 
