@@ -39,7 +39,7 @@ class AgentLink:
         self._loop.add_reader(sock.fileno(), self._readable)
 
     async def request(
-        self, op: str, *, unwanted: Callable[[dict[str, Any]], None] | None = None, **fields: Any
+        self, op: str, *, unwanted: Callable[[dict[str, Any]], object] | None = None, **fields: Any
     ) -> tuple[dict[str, Any], list[int]]:
         """Ask the agent; returns its answer and the descriptors with it (the caller's from here on).
 
@@ -68,10 +68,13 @@ class AgentLink:
         ok = message.get("ok")
         return (ok if isinstance(ok, dict) else {}), fds
 
-    def tell(self, op: str, **fields: Any) -> None:
-        """Ask without waiting; nothing when the sandbox has ended."""
+    def tell(self, op: str, **fields: Any) -> asyncio.Future[Any] | None:
+        """Ask without waiting: what is done when the answer has come, or None when the sandbox has ended."""
         with contextlib.suppress(RuntimeFailure):
-            self._ask(op, fields).add_done_callback(lambda answer: _discard(answer, None))
+            answer = self._ask(op, fields)
+            answer.add_done_callback(lambda done: _discard(done, None))
+            return answer
+        return None
 
     def _ask(self, op: str, fields: dict[str, Any]) -> asyncio.Future[tuple[dict[str, Any], list[int]]]:
         if self._closed:
@@ -174,7 +177,9 @@ class AgentLink:
         self._running.clear()
 
 
-def _discard(answer: asyncio.Future[tuple[dict[str, Any], list[int]]], unwanted: Callable[[dict[str, Any]], None] | None) -> None:
+def _discard(
+    answer: asyncio.Future[tuple[dict[str, Any], list[int]]], unwanted: Callable[[dict[str, Any]], object] | None
+) -> None:
     if answer.cancelled() or answer.exception() is not None:
         return
     message, fds = answer.result()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -85,6 +86,18 @@ class FileWriter(Protocol):
         """Drop the new content and close; idempotent."""
 
 
+class UnixListener(Protocol):
+    """A Unix socket inside a sandbox, on which the service listens."""
+
+    path: str  # absolute, as seen inside; only the user it was made for (and root) can connect
+
+    def close(self) -> None:
+        """Accept no more, and have the socket and its folder removed; idempotent. Nothing of this process stays open."""
+
+    async def removed(self) -> None:
+        """Wait, for a few seconds at most, until both are removed. Call after `close`; never raises for the sandbox's sake."""
+
+
 class Box(Protocol):
     """One running sandbox."""
 
@@ -106,6 +119,18 @@ class Box(Protocol):
 
     async def open_write(self, path: str, user: str | None = None) -> FileWriter:
         """Begin replacing a file, creating parent folders; relative to the user's home. Raises OSError with errno."""
+
+    async def listen_unix(self, user: str | None, on_connection: Callable[[socket.socket], None]) -> UnixListener:
+        """Listen on a Unix stream socket in a new folder with a random name, the user's alone.
+
+        Args:
+            user: whose the socket is; as in `SpawnSpec`.
+            on_connection: takes each connection, non-blocking, at most a few per pass of the event loop. Its caller closes it.
+
+        Raises:
+            OSError: no such user, or no place for it; errno as of the call inside that failed.
+            RuntimeFailure: the sandbox has ended, or its image has not what this takes.
+        """
 
     async def stop(self, grace: float = 2.0) -> None:
         """SIGTERM to all, SIGKILL after `grace` seconds; returns when nothing of the box is left running. Idempotent."""
@@ -135,6 +160,7 @@ class Runtime(Protocol):
         """Release what the runtime itself holds. Boxes must have been stopped."""
 
 
+SOCKET_PATH = re.compile(r"/tmp/gatewayd-[0-9a-f]{16}/socket")  # noqa: S108 - where `Box.listen_unix` makes its sockets, inside
 DEFAULT_SHELL = "/bin/bash"
 STATE_MODE = 0o700  # every directory of state is the user's alone
 

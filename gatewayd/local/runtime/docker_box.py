@@ -8,9 +8,10 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
-from gatewayd.local.runtime import docker_guest, docker_ports, docker_process
+from gatewayd.local.runtime import docker_guest, docker_listener, docker_ports, docker_process
 from gatewayd.local.runtime.base import BoxSpec, RuntimeFailure, SpawnSpec
 from gatewayd.local.runtime.docker_api import DockerApi, DockerError, part
 from gatewayd.local.runtime.docker_exec import Execs
@@ -177,6 +178,13 @@ class DockerBox:
         """Begin replacing a file, creating parent folders; relative to the user's home. Raises OSError with errno."""
         self._alive()
         return await self._files.open_write(path, user)
+
+    async def listen_unix(
+        self, user: str | None, on_connection: Callable[[socket.socket], None]
+    ) -> docker_listener.DockerListener:
+        """Listen on a Unix socket in a new folder, the user's alone. See `base.Box`. Raises OSError, RuntimeFailure."""
+        self._alive()
+        return await docker_listener.listen(self._execs, self._tasks, user, on_connection)
 
     async def stop(self, grace: float = 2.0) -> None:
         """SIGTERM to all, SIGKILL after `grace` seconds; returns when nothing of the box is left running. Idempotent."""

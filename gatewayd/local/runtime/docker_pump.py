@@ -43,6 +43,11 @@ class Outlet:
         """Whether the stream has ended and everything queued is with the reader, or dropped."""
         return self._fd < 0
 
+    @property
+    def waiting(self) -> int:
+        """Bytes queued and not yet with the reader."""
+        return len(self._buffer)
+
     async def feed(self, data: bytes) -> None:
         """Queue bytes; waits while more than the limit is queued."""
         self.queue(data)

@@ -14,12 +14,14 @@ import stat
 import struct
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gatewayd.local.runtime.agentlink import AgentLink
 from gatewayd.local.runtime.base import BoxSpec, PortRefused, RuntimeFailure, SpawnSpec
 from gatewayd.local.runtime.inside import packets
+from gatewayd.local.runtime.nativelistener import NativeListener, checked
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +234,15 @@ class NativeBox:
             raise RuntimeFailure("the sandbox's agent gave no file")
         os.set_blocking(fds[0], True)
         return fds[0]
+
+    async def listen_unix(self, user: str | None, on_connection: Callable[[socket.socket], None]) -> NativeListener:
+        """Listen on a Unix socket in a new folder, the user's alone. See `base.Box`. Raises OSError, RuntimeFailure."""
+        link = self._agent()
+        answer, fds = await link.request(
+            "listen", unwanted=lambda made: link.tell("unlisten", handle=made.get("handle")), user=user
+        )
+        sock, path = checked(answer, fds)
+        return NativeListener(link, str(answer.get("handle")), path, sock, on_connection)
 
     async def stop(self, grace: float = 2.0) -> None:
         """SIGTERM to all, SIGKILL after `grace` seconds; returns when nothing of the box is left running. Idempotent."""

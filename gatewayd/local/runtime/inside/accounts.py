@@ -1,12 +1,17 @@
-"""Accounts of a sandbox, read from its own /etc/passwd and /etc/group.
+"""Accounts of a sandbox, read from its own /etc/passwd and /etc/group, and acting as one of them.
 
 The files belong to the sandbox, so they are read with a limit, and a line that makes no sense is passed over.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from gatewayd.local.runtime.inside import kernel
 
 FIRST_HUMAN = 1000  # uids from here on belong to people: login.defs UID_MIN
 _MAX_FILE = 1 << 20  # bytes of passwd or group that are read
@@ -65,3 +70,21 @@ def resolve(user: str | None) -> Account:
         return account._replace(gid=gid, groups=[gid])
     member_of = [int(row[2]) for row in groups if account.name in row[3].split(",")]
     return account._replace(groups=[account.gid, *member_of])
+
+
+@contextlib.contextmanager
+def as_user(account: Account) -> Iterator[None]:
+    """Act on files with the rights of `account`, then be root again. Raises OSError where its ids are not mapped."""
+    if account.uid == 0:
+        yield
+        return
+    try:
+        os.setgroups(account.groups)
+        os.setegid(account.gid)
+        os.seteuid(account.uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups([])
+        kernel.hide_from_tracers()  # the kernel recomputes it at each change of ids

@@ -1,10 +1,10 @@
 """The agent: the service's hands inside one sandbox.
 
 A single-threaded process in the sandbox's user, mount, pid, network, IPC and UTS namespaces and in its control groups. It starts
-processes, connects to ports and opens files there, and passes the descriptors out. The sandbox's processes cannot trace it or
-read its memory (it never calls execve after joining, so its memory belongs to the host's user namespace, and it is not
-dumpable); were it taken over all the same, it holds nothing of the host but one socket to a service that checks what comes
-through it.
+processes, connects to ports, opens files and listens on Unix sockets there, and passes the descriptors out. The sandbox's
+processes cannot trace it or read its memory (it never calls execve after joining, so its memory belongs to the host's user
+namespace, and it is not dumpable); were it taken over all the same, it holds nothing of the host but one socket to a service
+that checks what comes through it.
 
 Requests carry an ``id``, repeated in the answer ``{"id", "ok"}`` or ``{"id", "errno", "where"}``. Events have no id.
 """
@@ -19,19 +19,20 @@ import resource
 import select
 import signal
 import socket
-import stat
 import struct
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gatewayd.local.runtime.inside import accounts, kernel, packets
+from gatewayd.local.runtime.inside.files import Files
+from gatewayd.local.runtime.inside.listeners import Listeners
+from gatewayd.local.runtime.inside.packets import Request
 
 _CONNECT_DEADLINE = 5.0  # seconds for a port inside to accept: beyond the time of a full backlog being drained
 _MAX_CONNECTS = 1024  # connects under way at once
-_MAX_WRITERS = 256  # files being replaced at once: each holds a descriptor
-_MAX_PATH = 4096  # bytes, with the NUL: PATH_MAX
 _TTY_GROUP = 5  # gid of /dev/pts/N on every Linux
 _BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
@@ -66,15 +67,6 @@ def run(channel: socket.socket, call_filter: bytes, max_pids: int) -> None:
     os._exit(status)
 
 
-class _Writer(NamedTuple):
-    """A file being replaced."""
-
-    account: accounts.Account  # whose rights count
-    folder: int  # open descriptor of the folder of both
-    temporary: str  # name of the file that is being written
-    name: str  # name of the file to be replaced
-
-
 class Agent:
     """The request loop and what it keeps between requests."""
 
@@ -82,12 +74,21 @@ class Agent:
         self._channel = channel  # to the service; its end is our end
         self._poll = select.epoll()  # the channel, the SIGCHLD pipe, connects under way
         self._children: set[int] = set()  # started and not yet reaped
-        self._writers: dict[str, _Writer] = {}  # handle → file being replaced
-        self._connects: dict[
-            int, tuple[socket.socket, dict[str, Any], int, float]
-        ] = {}  # fd → socket, request, family index, deadline
+        self._connects: dict[int, tuple[socket.socket, Request, int, float]] = {}  # fd → socket, request, family index, deadline
         self._anchors = self._pids()  # what keeps the sandbox alive: never signalled by `terminate`
-        self._serial = 0  # makes handles of writers unique
+        files, listeners = Files(self._answer), Listeners(self._answer)
+        self._operations: dict[str, Callable[[Request], None]] = {  # by the name in a request's ``op``
+            "spawn": self._spawn,
+            "signal": self._signal,
+            "terminate": self._terminate,
+            "connect": self._start_connect,
+            "open_read": files.open_read,
+            "open_write": files.open_write,
+            "commit": files.commit,
+            "abort": files.abort,
+            "listen": listeners.listen,
+            "unlisten": listeners.unlisten,
+        }
 
     def serve(self) -> None:
         """Answer until end of file on the channel."""
@@ -115,8 +116,11 @@ class Agent:
     def _send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         packets.send(self._channel, message, fds)
 
-    def _handle(self, request: dict[str, Any]) -> None:
-        handler = getattr(self, "_do_" + str(request.get("op")), None)
+    def _answer(self, request: Request, ok: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        self._send({"id": request["id"], "ok": ok}, fds)
+
+    def _handle(self, request: Request) -> None:
+        handler = self._operations.get(str(request.get("op")))
         if handler is None:
             self._send({"id": request.get("id"), "errno": errno.ENOSYS, "where": str(request.get("op"))})
             return
@@ -129,7 +133,7 @@ class Agent:
 
     # Processes
 
-    def _do_spawn(self, request: dict[str, Any]) -> None:
+    def _spawn(self, request: Request) -> None:
         account = accounts.resolve(request["user"])
         ours: list[int] = []  # go to the service
         theirs: list[int] = []  # become the child's 0, 1, 2
@@ -149,11 +153,11 @@ class Agent:
                     theirs.append(out_w)
             pid = self._fork_exec(request, account, theirs)
             self._children.add(pid)
-            self._send({"id": request["id"], "ok": {"pid": pid}}, tuple(ours))
+            self._answer(request, {"pid": pid}, tuple(ours))
         finally:
             packets.close_all(ours + theirs)
 
-    def _fork_exec(self, request: dict[str, Any], account: accounts.Account, stdio: list[int]) -> int:
+    def _fork_exec(self, request: Request, account: accounts.Account, stdio: list[int]) -> int:
         """Fork and exec; the child reports a failed step through a close-on-exec pipe as ``errno where``."""
         report_r, report_w = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
@@ -174,7 +178,7 @@ class Agent:
             raise OSError(int(number), os.strerror(int(number)), where)
         return pid
 
-    def _become(self, request: dict[str, Any], account: accounts.Account, stdio: list[int]) -> None:
+    def _become(self, request: Request, account: accounts.Account, stdio: list[int]) -> None:
         """In the child: own session, descriptors, user, folder, then the program."""
         self._channel.close()  # from here on nothing of the host's is left to take
         self._poll.close()
@@ -209,12 +213,12 @@ class Agent:
         env["PWD"] = os.getcwd()  # noqa: PTH109
         _exec(request["argv"], env)
 
-    def _do_signal(self, request: dict[str, Any]) -> None:
+    def _signal(self, request: Request) -> None:
         pid = request["pid"]
         if pid in self._children:  # not reaped yet, so the number cannot belong to anyone else
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, request["signal"])
-        self._send({"id": request["id"], "ok": {}})
+        self._answer(request, {})
 
     def _reap(self) -> None:
         for pid in list(self._children):
@@ -228,7 +232,7 @@ class Agent:
     def _pids() -> set[int]:
         return {int(name) for name in os.listdir("/proc") if name.isdigit()}  # noqa: PTH208 - names only
 
-    def _do_terminate(self, request: dict[str, Any]) -> None:
+    def _terminate(self, request: Request) -> None:
         """SIGTERM to every process but the sandbox's own frame; answers when they are gone or after `grace` seconds."""
         others = self._pids() - self._anchors - {os.getpid()}
         for pid in others:
@@ -240,16 +244,16 @@ class Agent:
             time.sleep(0.01)
             self._reap()
             others &= self._pids()
-        self._send({"id": request["id"], "ok": {"left": len(others)}})
+        self._answer(request, {"left": len(others)})
 
     # Ports
 
-    def _do_connect(self, request: dict[str, Any]) -> None:
+    def _start_connect(self, request: Request) -> None:
         if len(self._connects) >= _MAX_CONNECTS:
             raise OSError(errno.EAGAIN, "too many connects under way")
         self._connect(request, 0, time.monotonic() + _CONNECT_DEADLINE)
 
-    def _connect(self, request: dict[str, Any], family: int, deadline: float) -> None:
+    def _connect(self, request: Request, family: int, deadline: float) -> None:
         """Try the loopback addresses in turn from number `family` on."""
         error = errno.ECONNREFUSED
         for index in range(family, len(_LOOPBACKS)):
@@ -269,9 +273,9 @@ class Agent:
             sock.close()
         self._send({"id": request["id"], "errno": error, "where": ""})
 
-    def _connected(self, sock: socket.socket, request: dict[str, Any]) -> None:
+    def _connected(self, sock: socket.socket, request: Request) -> None:
         with sock:
-            self._send({"id": request["id"], "ok": {}}, (sock.fileno(),))
+            self._answer(request, {}, (sock.fileno(),))
 
     def _connect_ready(self, fd: int) -> None:
         sock, request, index, deadline = self._forget_connect(fd)
@@ -281,7 +285,7 @@ class Agent:
             sock.close()
             self._connect(request, index + 1, deadline)
 
-    def _forget_connect(self, fd: int) -> tuple[socket.socket, dict[str, Any], int, float]:
+    def _forget_connect(self, fd: int) -> tuple[socket.socket, Request, int, float]:
         self._poll.unregister(fd)
         return self._connects.pop(fd)
 
@@ -291,96 +295,6 @@ class Agent:
             sock, request, _, _ = self._forget_connect(fd)
             sock.close()
             self._send({"id": request["id"], "errno": errno.ETIMEDOUT, "where": ""})
-
-    # Files
-
-    def _do_open_read(self, request: dict[str, Any]) -> None:
-        account = accounts.resolve(request["user"])
-        path = _absolute(account, request["path"])
-        with _as_user(account):
-            fd = kernel.open_plainly(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # never waits for a FIFO's other end
-        try:
-            mode = os.fstat(fd).st_mode
-            if stat.S_ISDIR(mode):
-                raise OSError(errno.EISDIR, "", path)
-            if not stat.S_ISREG(mode):
-                raise OSError(errno.EINVAL, "", path)
-            if os.readlink(f"/proc/self/fd/{fd}").startswith(f"/proc/{os.getpid()}/"):  # noqa: PTH115
-                raise OSError(errno.EACCES, "", path)  # the agent's own memory: not the sandbox's
-            self._send({"id": request["id"], "ok": {}}, (fd,))
-        finally:
-            os.close(fd)
-
-    def _do_open_write(self, request: dict[str, Any]) -> None:
-        """Open a temporary neighbour of the target; the target's mode and owner are kept when it is replaced.
-
-        Where the path leads is decided once. From then on both names are relative to an open folder, so processes inside that
-        swap folders for links meanwhile change nothing.
-        """
-        if len(self._writers) >= _MAX_WRITERS:
-            raise OSError(errno.EMFILE, "too many files being written")
-        account = accounts.resolve(request["user"])
-        with _as_user(account):
-            path = os.path.realpath(_absolute(account, request["path"]))
-            place, name = os.path.split(path)
-            os.makedirs(place, exist_ok=True)  # noqa: PTH103
-            folder = kernel.open_plainly(place, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                self._open_neighbour(request, account, folder, name)
-            except BaseException:
-                os.close(folder)
-                raise
-
-    def _open_neighbour(self, request: dict[str, Any], account: accounts.Account, folder: int, name: str) -> None:
-        try:
-            old: os.stat_result | None = os.stat(name or ".", dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            old = None
-        if old is not None and not stat.S_ISREG(old.st_mode):
-            raise OSError(errno.EISDIR if stat.S_ISDIR(old.st_mode) else errno.EINVAL, "", name)
-        self._serial += 1
-        handle = str(self._serial)
-        temporary = f".gatewayd-{os.getpid()}-{handle}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=folder)
-        try:
-            if old is not None:
-                os.fchown(fd, old.st_uid, old.st_gid)
-                os.fchmod(fd, stat.S_IMODE(old.st_mode))
-            self._send({"id": request["id"], "ok": {"handle": handle}}, (fd,))
-            self._writers[handle] = _Writer(account, folder, temporary, name)
-        except OSError:
-            os.unlink(temporary, dir_fd=folder)
-            raise
-        finally:
-            os.close(fd)
-
-    def _do_commit(self, request: dict[str, Any]) -> None:
-        writer = self._writers.pop(request["handle"])
-        try:
-            with _as_user(writer.account):
-                os.rename(writer.temporary, writer.name, src_dir_fd=writer.folder, dst_dir_fd=writer.folder)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(writer.temporary, dir_fd=writer.folder)
-            raise
-        finally:
-            os.close(writer.folder)
-        self._send({"id": request["id"], "ok": {}})
-
-    def _do_abort(self, request: dict[str, Any]) -> None:
-        writer = self._writers.pop(request["handle"])
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(writer.temporary, dir_fd=writer.folder)
-        os.close(writer.folder)
-        self._send({"id": request["id"], "ok": {}})
-
-
-def _absolute(account: accounts.Account, path: str) -> str:
-    """`path` from the account's home on. Raises OSError ENAMETOOLONG before anybody walks it."""
-    whole = os.path.join(account.home, path)  # noqa: PTH118 - absolute paths stay as they are
-    if len(os.fsencode(whole)) >= _MAX_PATH:
-        raise OSError(errno.ENAMETOOLONG, "", whole[:100])
-    return whole
 
 
 def _be_ordinary() -> None:
@@ -413,24 +327,6 @@ def _become_user(account: accounts.Account) -> None:
         os.setgroups(account.groups)
     os.setresgid(account.gid, account.gid, account.gid)
     os.setresuid(account.uid, account.uid, account.uid)
-
-
-@contextlib.contextmanager
-def _as_user(account: accounts.Account) -> Any:
-    """Act on files with the rights of `account`, then be root again."""
-    if account.uid == 0:
-        yield
-        return
-    os.setgroups(account.groups)
-    os.setegid(account.gid)
-    os.seteuid(account.uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups([])
-        kernel.hide_from_tracers()  # the kernel recomputes it at each change of ids
 
 
 def _prepare_homes() -> None:

@@ -10,10 +10,20 @@ import errno
 import json
 import os
 import socket
-from typing import Any
+from typing import Any, Protocol
 
 MAX_PACKET = 192 * 1024  # bytes; stays below the kernel's default socket buffer (212,992)
 MAX_FDS = 3  # a process's stdin, stdout, stderr
+
+
+Request = dict[str, Any]  # what the service asks: ``op``, ``id`` and the operation's own fields
+
+
+class Answer(Protocol):
+    """Answers a request."""
+
+    def __call__(self, request: Request, ok: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        """Say that it was done, with the results and copies of the descriptors. Raises OSError, ValueError."""
 
 
 class PacketError(Exception):
