@@ -22,11 +22,20 @@ ALLOWED: dict[str, set[str]] = {
     "gatewayd.yamux.aio": {"gatewayd.errors", "gatewayd.tasks", "gatewayd.relay", "gatewayd.yamux", "gatewayd.yamux.muxstream"},
     "gatewayd.yamux.muxstream": {"gatewayd.errors", "gatewayd.yamux", "gatewayd.yamux.aio"},
     "gatewayd.config": {"gatewayd.errors", "gatewayd.api"},
+    "gatewayd.guest": set(),
+    "gatewayd.guest.guest": set(),  # the file that runs inside a sandbox: nothing of ours is there
+    "gatewayd.guest.wire": set(),  # pure, and light: the command imports these three
+    "gatewayd.guest.events": set(),
+    "gatewayd.guest.session": {"gatewayd.guest", "gatewayd.guest.wire", "gatewayd.guest.events"},
     "gatewayd.sandbox": {
         "gatewayd.errors",
         "gatewayd.api",
         "gatewayd.tasks",
         "gatewayd.config",
+        "gatewayd.guest",
+        "gatewayd.guest.wire",
+        "gatewayd.guest.events",
+        "gatewayd.guest.session",
         "gatewayd.relay",
         "gatewayd.yamux",
         "gatewayd.yamux.aio",
@@ -61,7 +70,14 @@ ALLOWED: dict[str, set[str]] = {
         "gatewayd.yamux.aio",
         "gatewayd.local.runtime",
     },
-    "client": {"gatewayd.api", "gatewayd.fdpass"},
+    "client": {
+        "gatewayd.api",
+        "gatewayd.fdpass",
+        "gatewayd.guest",
+        "gatewayd.guest.wire",
+        "gatewayd.guest.events",
+        "gatewayd.guest.session",
+    },
 }
 
 # Third-party package → the modules that may name it.
@@ -78,7 +94,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "click": ("client",),
 }
 
-PURE = ("gatewayd.yamux.", "gatewayd.errors", "gatewayd.api")
+PURE = (
+    "gatewayd.yamux.",
+    "gatewayd.errors",
+    "gatewayd.api",
+    "gatewayd.guest.wire",
+    "gatewayd.guest.events",
+    "gatewayd.guest.session",
+)
 ASYNC = ("gatewayd.yamux.aio", "gatewayd.yamux.muxstream")  # the I/O around the pure core
 IMPURE_MODULES = {"asyncio", "socket", "time", "threading", "select", "selectors", "ssl"}
 
