@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from gatewayd.local.agentforward import AgentClient
 from gatewayd.local.pipes import OutputPipe
 from gatewayd.local.ring import decode_held
 
@@ -66,10 +67,13 @@ class Cursor:
 class Attachment:
     """A client reading a command's output. Close it when done."""
 
-    def __init__(self, session: CommandSession, cursors: list[Cursor], *, acknowledges: bool = False) -> None:
+    def __init__(
+        self, session: CommandSession, cursors: list[Cursor], *, acknowledges: bool = False, agent: AgentClient | None = None
+    ) -> None:
         self.cursors = cursors  # one per stream
         self.wake = asyncio.Event()  # set by the session when there may be something new
         self.acknowledges = acknowledges  # what was delivered counts as received only when the client says so
+        self.agent = agent  # channels to this client's SSH agent; None: it is not asked
         self._session = session
 
     async def read(self) -> list[Chunk]:
@@ -103,4 +107,6 @@ class Attachment:
 
     def close(self) -> None:
         """Stop reading; idempotent."""
+        if self.agent is not None:
+            self.agent.close()
         self._session.detach(self)

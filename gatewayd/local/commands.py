@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gatewayd.local.agentforward import AgentForward
 from gatewayd.local.attachment import Attachment, Cursor, StreamName
 from gatewayd.local.pipes import Drains, InputPipe, OutputPipe, close_fd
 from gatewayd.local.ring import RING_CAPACITY, Ring
@@ -69,12 +70,14 @@ class CommandSession:
         drains: Drains,
         on_finished: Callable[[CommandSession], None],
         capacity: int = RING_CAPACITY,
+        agent: AgentForward | None = None,
     ) -> None:
         self.command_id = command_id
         self.process = process
         self.options = options
         self.outcome: Outcome | None = None  # set when the command has ended and its output is complete
         self.finished = asyncio.Event()  # set with outcome
+        self._agent = agent  # forwards the clients' SSH agents; None: the command did not ask for it
         self._tasks = tasks
         self._drains = drains  # takes pipes that background processes still hold
         self._on_finished = on_finished  # called once, when outcome is set
@@ -139,13 +142,16 @@ class CommandSession:
             for name, pipe in self._named()
         )
 
-    def attach(self, stdout_offset: int = 0, stderr_offset: int = 0, *, acknowledges: bool = False) -> Attachment:
+    def attach(
+        self, stdout_offset: int = 0, stderr_offset: int = 0, *, acknowledges: bool = False, agent: bool = False
+    ) -> Attachment:
         """Begin reading at these offsets, or at the oldest byte kept. Close the attachment when done.
 
         Args:
             stdout_offset: offset of the first byte wanted.
             stderr_offset: the same of the other stream.
             acknowledges: the client has what is before these offsets, and attaches again when `blocked`.
+            agent: the client's SSH agent may be asked, if the command has one forwarded.
 
         Raises:
             TooManyClients: MAX_ATTACHMENTS read already.
@@ -155,7 +161,8 @@ class CommandSession:
         cursors = [Cursor("stdout", self.stdout, stdout_offset)]
         if self.stderr is not None:
             cursors.append(Cursor("stderr", self.stderr, stderr_offset))
-        attachment = Attachment(self, cursors, acknowledges=acknowledges)
+        forward = self._agent if agent and self.outcome is None else None
+        attachment = Attachment(self, cursors, acknowledges=acknowledges, agent=forward.attach() if forward else None)
         if acknowledges:
             self._held = {cursor.name: cursor.offset for cursor in cursors}
             self._watch_hold()
@@ -256,6 +263,9 @@ class CommandSession:
         code = await asyncio.shield(self.process.exited)
         if self._timeout_timer is not None:
             self._timeout_timer.cancel()
+        if self._agent is not None:  # before the outcome: who knows that the command has ended finds no socket of it
+            self._agent.close()
+            await self._agent.removed()
         limit = self._loop.time() + LINGER_LIMIT
         silent = False
         while not all(pipe.eof for pipe in self._pipes()):
@@ -282,6 +292,8 @@ class CommandSession:
         for timer in (self._timeout_timer, self._idle_timer, self._hold_timer):
             if timer is not None:
                 timer.cancel()
+        if self._agent is not None:
+            self._agent.close()
         self._stdin.stop()
         for pipe in self._pipes():
             open_end = not pipe.eof

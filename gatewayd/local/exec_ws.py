@@ -13,6 +13,7 @@ from fastapi import APIRouter, WebSocket
 from pydantic import ValidationError
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
+from gatewayd.local.agentforward import AgentClient, AgentForward
 from gatewayd.local.attachment import Attachment
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.commands import CommandSession, TooManyClients
@@ -105,16 +106,17 @@ async def _begin(message: Mapping[str, Any], sandbox: Sandbox, run: Run) -> tupl
         if kind == "execute":
             wanted = ExecuteMessage.model_validate(message)
             options = options_of(wanted, kill_on_disconnect=wanted.kill_on_disconnect)
+            agent = AgentForward() if wanted.ssh_agent_forward else None
             session = await run.commands.get_or_start(
-                wanted.command_id, options, lambda: spawn(run.box, sandbox.record, wanted, pty=wanted.pty)
+                wanted.command_id, options, lambda: spawn(run.box, sandbox.record, wanted, pty=wanted.pty, agent=agent), agent
             )
             if wanted.close_stdin:
                 session.close_stdin()
-            return session.attach(), session
+            return session.attach(agent=wanted.ssh_agent_forward), session
         if kind == "reconnect":
             again = ReconnectMessage.model_validate(message)
             session = run.commands.get(again.command_id)
-            return session.attach(again.stdout_offset, again.stderr_offset), session
+            return session.attach(again.stdout_offset, again.stderr_offset, agent=True), session
     except ValidationError as exc:
         raise CommandFailure("CommandError", _describe(exc)) from exc
     except ExpiredCommand as exc:
@@ -139,8 +141,11 @@ def _describe(exc: ValidationError) -> str:
 async def _attached(ws: WebSocket, session: CommandSession, attachment: Attachment) -> None:
     """Carry messages both ways until the command has ended or the client has gone."""
     owner = TaskOwner(f"exec {session.command_id}")
-    sending = owner.start(_send_output(ws, session, attachment), "send")
-    receiving = owner.start(_receive_input(ws, session), "receive")
+    started = asyncio.Event()  # the client knows that it is attached: what follows may come in any order
+    sending = owner.start(_send_output(ws, session, attachment, started), "send")
+    receiving = owner.start(_receive_input(ws, session, attachment), "receive")
+    if attachment.agent is not None:
+        owner.start(_send_agent(ws, attachment.agent, started), "agent")
     gone = owner.start(ws.scope["state"][GONE].wait(), "watch")
     try:
         await asyncio.wait({sending, receiving, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -151,10 +156,11 @@ async def _attached(ws: WebSocket, session: CommandSession, attachment: Attachme
         await owner.aclose()
 
 
-async def _send_output(ws: WebSocket, session: CommandSession, attachment: Attachment) -> bool:
+async def _send_output(ws: WebSocket, session: CommandSession, attachment: Attachment, started: asyncio.Event) -> bool:
     """Send everything up to the end of the command; False when the client has gone before that."""
     try:
         await _send(ws, {"type": "started", "command_id": session.command_id, "pid": session.process.pid})
+        started.set()
         while chunks := await attachment.read():
             for chunk in chunks:
                 await _send(ws, {"type": chunk.stream, "data": chunk.text, "offset": chunk.offset})
@@ -169,7 +175,17 @@ async def _send_output(ws: WebSocket, session: CommandSession, attachment: Attac
     return True
 
 
-async def _receive_input(ws: WebSocket, session: CommandSession) -> None:
+async def _send_agent(ws: WebSocket, agent: AgentClient, started: asyncio.Event) -> None:
+    """Pass on what processes inside ask the client's SSH agent."""
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        await started.wait()
+        while True:
+            message = await agent.next()
+            await _send(ws, message.fields())
+            agent.sent(message)
+
+
+async def _receive_input(ws: WebSocket, session: CommandSession, attachment: Attachment) -> None:
     """Act on the client's messages until it goes. Unknown ones are ignored: later clients may send more."""
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):
         while True:
@@ -177,14 +193,13 @@ async def _receive_input(ws: WebSocket, session: CommandSession) -> None:
             if received["type"] == "websocket.disconnect":
                 return
             try:
-                message = _message(received.get("text") or "")
+                await _act(_message(received.get("text") or ""), session, attachment)
             except CommandFailure as exc:
                 log.info("command %s: message ignored: %s", printable(session.command_id), exc.message)
-                continue
-            await _act(message, session)
 
 
-async def _act(message: Mapping[str, Any], session: CommandSession) -> None:
+async def _act(message: Mapping[str, Any], session: CommandSession, attachment: Attachment) -> None:
+    """Do what a message says. Raises CommandFailure where its sender should know better."""
     kind = message.get("type")
     if kind == "input" and isinstance(data := message.get("data"), str):
         await session.send_input(data.encode("utf-8", "replace"))
@@ -196,6 +211,10 @@ async def _act(message: Mapping[str, Any], session: CommandSession) -> None:
         cols, rows = message.get("cols"), message.get("rows")
         if isinstance(cols, int) and isinstance(rows, int) and 0 < cols <= MAX_SIDE and 0 < rows <= MAX_SIDE:
             await session.resize(cols, rows)
+    elif kind in ("ssh_agent_data", "ssh_agent_close"):
+        problem = attachment.agent.receive(message) if attachment.agent is not None else None
+        if problem is not None:
+            raise CommandFailure("CommandError", problem)
 
 
 async def _send(ws: WebSocket, message: Mapping[str, Any]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from gatewayd.local.agentforward import VARIABLE, AgentForward
 from gatewayd.local.commands import CommandOptions
 from gatewayd.local.models import CommandBody, SessionBody
 from gatewayd.local.runtime.base import DEFAULT_SHELL, Box, Process, SpawnSpec
@@ -34,16 +36,29 @@ def spawn_spec(record: Record, body: CommandBody, shell: str, *, pty: bool) -> S
     )
 
 
-async def spawn(box: Box, record: Record, body: CommandBody, *, pty: bool = False) -> Process:
-    """Start a command. Raises OSError or RuntimeFailure, as `Box.spawn`."""
-    if body.shell:
-        return await box.spawn(spawn_spec(record, body, body.shell, pty=pty))
+async def spawn(
+    box: Box, record: Record, body: CommandBody, *, pty: bool = False, agent: AgentForward | None = None
+) -> Process:
+    """Start a command, after opening `agent` for it. Raises OSError or RuntimeFailure, as `Box.spawn`."""
+    spec = spawn_spec(record, body, body.shell or DEFAULT_SHELL, pty=pty)
+    if agent is None:
+        return await _spawn(box, spec, fixed=bool(body.shell))
+    path = await agent.open(box, spec.user)
     try:
-        return await box.spawn(spawn_spec(record, body, DEFAULT_SHELL, pty=pty))
+        return await _spawn(box, replace(spec, env={**spec.env, VARIABLE: path}), fixed=bool(body.shell))
+    except BaseException:
+        agent.close()
+        raise
+
+
+async def _spawn(box: Box, spec: SpawnSpec, *, fixed: bool) -> Process:
+    """Start it, with another shell where there is none unless that is `fixed`."""
+    try:
+        return await box.spawn(spec)
     except OSError as exc:
-        if exc.errno != errno.ENOENT:
+        if fixed or exc.errno != errno.ENOENT:
             raise
-    return await box.spawn(spawn_spec(record, body, FALLBACK_SHELL, pty=pty))
+    return await box.spawn(replace(spec, argv=[FALLBACK_SHELL, *spec.argv[1:]]))
 
 
 def spawn_failure(exc: Exception) -> str:

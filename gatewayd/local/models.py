@@ -232,14 +232,12 @@ class ExecuteMessage(SessionBody):
     kill_on_disconnect: StrictBool = False
     pty: StrictBool = False
     close_stdin: StrictBool = False
-    ssh_agent_forward: StrictBool = False
+    ssh_agent_forward: StrictBool = False  # goes before an SSH_AUTH_SOCK in env
 
     @model_validator(mode="after")
     def _check_command(self) -> ExecuteMessage:
         if not self.command and not self.pty:
             raise ValueError("a command is needed, unless pty asks for a login shell")
-        if self.ssh_agent_forward:
-            raise ValueError("ssh_agent_forward is not available in this service; ssh -A through the gateway forwards an agent")
         return self
 
 

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from gatewayd.local.agentforward import AgentForward
 from gatewayd.local.commands import CommandOptions, CommandSession
 from gatewayd.local.envelope import printable
 from gatewayd.local.pipes import Drains
@@ -72,9 +73,19 @@ class CommandRegistry:
         raise UnknownCommand(command_id)
 
     async def get_or_start(
-        self, command_id: str | None, options: CommandOptions, spawn: Callable[[], Coroutine[Any, Any, Process]]
+        self,
+        command_id: str | None,
+        options: CommandOptions,
+        spawn: Callable[[], Coroutine[Any, Any, Process]],
+        agent: AgentForward | None = None,
     ) -> CommandSession:
         """The session with that id, starting the command if there is none: a repeated request never runs it twice.
+
+        Args:
+            command_id: none: one is made up.
+            options: of a command that is started.
+            spawn: starts the process, and opens `agent` before.
+            agent: forwards SSH agents to a command that is started.
 
         Raises:
             ExpiredCommand: a command of that id ran and is forgotten.
@@ -90,7 +101,7 @@ class CommandRegistry:
         if starting is None:
             if self.running >= MAX_RUNNING:
                 raise TooManyCommands(f"{MAX_RUNNING} commands run in this sandbox already")
-            starting = self._tasks.start(self._start(command_id, options, spawn), "start command")
+            starting = self._tasks.start(self._start(command_id, options, spawn, agent), "start command")
             self._starting[command_id] = starting
             starting.add_done_callback(lambda _: self._starting.pop(command_id, None))
         try:
@@ -105,7 +116,11 @@ class CommandRegistry:
         return started
 
     async def _start(
-        self, command_id: str, options: CommandOptions, spawn: Callable[[], Coroutine[Any, Any, Process]]
+        self,
+        command_id: str,
+        options: CommandOptions,
+        spawn: Callable[[], Coroutine[Any, Any, Process]],
+        agent: AgentForward | None,
     ) -> CommandSession | Exception:
         try:
             process = await spawn()
@@ -119,6 +134,7 @@ class CommandRegistry:
             drains=self._drains,
             on_finished=self._on_finished,
             capacity=self._capacity,
+            agent=agent,
         )
         self._sessions[command_id] = session
         return session

@@ -91,5 +91,6 @@ def test_commands() -> None:
     assert refused_at(ExecuteBody, command="a", run_config={"user": "x"}, cwd="/") == [""]
     assert refused_at(ExecuteMessage, type="execute") == [""]
     assert ExecuteMessage.model_validate({"type": "execute", "pty": True}).command == ""
-    assert refused_at(ExecuteMessage, command="a", ssh_agent_forward=True) == [""]
+    assert ExecuteMessage.model_validate({"command": "a", "ssh_agent_forward": True}).ssh_agent_forward
+    assert refused_at(ExecuteMessage, command="a", ssh_agent_forward=1) == ["ssh_agent_forward"]
     assert refused_at(ReconnectMessage, command_id="x", stdout_offset=-1) == ["stdout_offset"]
