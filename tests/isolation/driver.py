@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gatewayd.local.runtime.base import BoxSpec, PortRefused, RuntimeFailure, SpawnSpec
 from gatewayd.local.runtime.native import NativeRuntime
 from gatewayd.local.runtime.nativebox import NativeBox, NativeProcess
+from gatewayd.local.runtime.nativelistener import NativeListener
 
 _RUN_DEADLINE = 40.0  # seconds for one command inside
 _MAX_OUTPUT = 1 << 20
@@ -54,6 +56,8 @@ class Driver:
     def __init__(self, state: Path) -> None:
         self.runtime = NativeRuntime(state)
         self.boxes: dict[str, NativeBox] = {}
+        self.listeners: dict[str, NativeListener] = {}  # by path inside
+        self._answering: set[asyncio.Task[None]] = set()  # connections to them
 
     async def start(self, box: str, **spec: Any) -> dict[str, Any]:
         self.boxes[box] = started = await self.runtime.start(BoxSpec(id=box, hostname=box, **spec))
@@ -113,6 +117,44 @@ class Driver:
                 outcome = str(exc.errno)
             counts[outcome] = counts.get(outcome, 0) + 1
         return {"counts": counts, "seen": sorted(seen)}
+
+    async def listen(self, box: str, user: str | None = None) -> dict[str, Any]:
+        """Answer on a Unix socket inside, to each connection what it sent in capitals; until `unlisten`."""
+
+        async def answer(sock: socket.socket) -> None:
+            with sock:
+                said = b""
+                while data := await loop.sock_recv(sock, 65536):
+                    said += data
+                await loop.sock_sendall(sock, said.upper())
+
+        def accepted(sock: socket.socket) -> None:
+            answering = loop.create_task(answer(sock))
+            self._answering.add(answering)
+            answering.add_done_callback(self._answering.discard)
+
+        loop = asyncio.get_running_loop()
+        listener = await self.boxes[box].listen_unix(user, accepted)
+        self.listeners[listener.path] = listener
+        return {"path": listener.path}
+
+    async def unlisten(self, path: str) -> dict[str, Any]:
+        listener = self.listeners.pop(path)
+        listener.close()
+        await listener.removed()
+        return {}
+
+    async def race_listen(self, box: str, user: str | None, times: int) -> dict[str, Any]:
+        """Make sockets and remove them again and again; counts the outcomes by errno."""
+        counts: dict[str, int] = {}
+        for _ in range(times):
+            try:
+                await self.unlisten((await self.listen(box, user))["path"])
+                outcome = "fine"
+            except OSError as exc:
+                outcome = str(exc.errno)
+            counts[outcome] = counts.get(outcome, 0) + 1
+        return {"counts": counts}
 
     async def connect(self, box: str, port: int) -> dict[str, Any]:
         (await self.boxes[box].connect(port)).close()
