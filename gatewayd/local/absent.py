@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.exceptions import HTTPException
 
+from gatewayd.local.description import answers
 from gatewayd.local.envelope import ServiceError, unsupported
 from gatewayd.local.listing import invalid
 from gatewayd.local.models import DEFAULT_SNAPSHOT_NAME
 from gatewayd.local.rest_server import MAX_PAGE, Cursor, boxes_of
-from gatewayd.local.schemas import RegistryList, SecretList, ServiceUrlList, answers
 
 SECRETS = "/api/v1/workspaces/current/secrets"
 
@@ -55,7 +55,7 @@ async def no_registry() -> None:
     raise unsupported(f"this service pulls no images: its sandboxes run the one snapshot {DEFAULT_SNAPSHOT_NAME!r}")
 
 
-@router.get("/registries", responses=answers(RegistryList))
+@router.get("/registries", responses=answers("RegistryList"))
 async def list_registries(
     limit: PageSize = 50,
     page_size: PageSize = 50,
@@ -83,7 +83,7 @@ async def no_service_url(request: Request, name: str) -> None:
     raise unsupported("this service makes no service URLs; use a tunnel to the port")
 
 
-@router.get("/boxes/{name}/service-urls", responses=answers(ServiceUrlList, 404))
+@router.get("/boxes/{name}/service-urls", responses=answers("ServiceUrlList", 404))
 async def list_service_urls(request: Request, name: str, page_size: PageSize = 50, cursor: Cursor = None) -> dict[str, Any]:
     """No port is shared."""
     boxes_of(request).get(name)
@@ -106,7 +106,7 @@ async def no_download_url(request: Request, name: str) -> None:
     raise unsupported("this service makes no download links; use /download")
 
 
-@workspace_router.get(SECRETS, responses=answers(SecretList))
+@workspace_router.get(SECRETS, responses=answers("SecretList"))
 async def list_secrets() -> list[Any]:
     """There are none."""
     return []

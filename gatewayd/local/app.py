@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from gatewayd.local import absent, dataplane, exec_sse, exec_ws, files, rest_server, schemas, search
+from gatewayd.local import absent, dataplane, description, exec_sse, exec_ws, files, rest_server, search
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import STATUS_TYPES, ServiceError, error_response, validation_response
 from gatewayd.local.guard import Guard, GuardMiddleware
@@ -24,14 +24,14 @@ def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
     """The service as an ASGI application."""
     app = FastAPI(title="gatewayd local", version=version() or "0", docs_url=None, redoc_url=None)
     app.state.boxes = boxes
-    for prefix, tag in zip(rest_server.PREFIXES, schemas.TAGS, strict=False):
+    for prefix, tag in zip(rest_server.PREFIXES, description.TAGS, strict=False):
         for router in (rest_server.router, absent.router):
             app.include_router(router, prefix=prefix, tags=[tag["name"]])
     app.include_router(absent.workspace_router, tags=["workspace"])
     app.include_router(absent.dataplane_router)
     for router in (dataplane.router, exec_sse.router, exec_ws.router, files.router, search.router):
-        app.include_router(router, tags=["data plane"], responses=schemas.answers(None, 404))
-    app.openapi = partial(schemas.describe, app)  # type: ignore[method-assign]  # the way FastAPI documents
+        app.include_router(router, tags=["data plane"], responses=description.answers(None, 404))
+    app.openapi = partial(description.describe, app)  # type: ignore[method-assign]  # the way FastAPI documents
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import AfterValidator
 
 from gatewayd.local.boxes import Boxes
+from gatewayd.local.description import answers
 from gatewayd.local.envelope import ServiceError
 from gatewayd.local.listing import MAX_CURSOR, Order
 from gatewayd.local.models import DEFAULT_SNAPSHOT_ID, DEFAULT_SNAPSHOT_NAME, DEFAULT_SNAPSHOT_REFERENCES, CreateBody, PatchBody
-from gatewayd.local.schemas import SandboxList, SandboxStatus, SandboxView, SnapshotList, SnapshotTags, SnapshotView, answers
 from gatewayd.local.store import Record
 
 PREFIXES = ("/v2/sandboxes", "/api/v2/sandboxes")  # the SDK's own client; the generated clients
@@ -74,14 +74,14 @@ def view(record: Record, request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/boxes", responses=answers(SandboxView, 408, 409, 503, 507))
+@router.post("/boxes", responses=answers("SandboxView", 408, 409, 503, 507))
 async def create_box(request: Request, body: CreateBody) -> dict[str, Any]:
     """Create a sandbox and start it."""
     sandbox = await boxes_of(request).create(body)
     return view(sandbox.record, request)
 
 
-@router.get("/boxes", responses=answers(SandboxList))
+@router.get("/boxes", responses=answers("SandboxList"))
 async def list_boxes(
     request: Request,
     limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE)] = None,
@@ -118,20 +118,20 @@ def _has_label(labels: Mapping[str, str], wanted: str) -> bool:
     return key in labels and (not equals or labels[key] == value)
 
 
-@router.get("/boxes/{name}", responses=answers(SandboxView, 404))
+@router.get("/boxes/{name}", responses=answers("SandboxView", 404))
 async def get_box(request: Request, name: str) -> dict[str, Any]:
     """One sandbox."""
     return view(boxes_of(request).get(name).record, request)
 
 
-@router.get("/boxes/{name}/status", responses=answers(SandboxStatus, 404))
+@router.get("/boxes/{name}/status", responses=answers("SandboxStatus", 404))
 async def get_box_status(request: Request, name: str) -> dict[str, Any]:
     """Its status alone, cheap to poll."""
     record = boxes_of(request).get(name).record
     return {"status": record.status, "status_message": record.status_message}
 
 
-@router.patch("/boxes/{name}", responses=answers(SandboxView, 404, 409, 507))
+@router.patch("/boxes/{name}", responses=answers("SandboxView", 404, 409, 507))
 async def update_box(request: Request, name: str, body: PatchBody) -> dict[str, Any]:
     """Change a sandbox."""
     boxes = boxes_of(request)
@@ -148,7 +148,7 @@ async def delete_box(request: Request, name: str) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/boxes/{name}/start", responses=answers(SandboxView, 404, 409, 503))
+@router.post("/boxes/{name}/start", responses=answers("SandboxView", 404, 409, 503))
 async def start_box(request: Request, name: str) -> dict[str, Any]:
     """Start a sandbox: answered when it is ready, or failed with the reason in status_message."""
     boxes = boxes_of(request)
@@ -157,7 +157,7 @@ async def start_box(request: Request, name: str) -> dict[str, Any]:
     return view(sandbox.record, request)
 
 
-@router.post("/boxes/{name}/stop", responses=answers(SandboxView, 404, 409))
+@router.post("/boxes/{name}/stop", responses=answers("SandboxView", 404, 409))
 async def stop_box(request: Request, name: str) -> dict[str, Any]:
     """Stop a sandbox: answered when nothing of it runs. Its files stay."""
     boxes = boxes_of(request)
@@ -166,7 +166,7 @@ async def stop_box(request: Request, name: str) -> dict[str, Any]:
     return view(sandbox.record, request)
 
 
-@router.get("/snapshots", responses=answers(SnapshotList))
+@router.get("/snapshots", responses=answers("SnapshotList"))
 async def list_snapshots(
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     offset: Annotated[int, Query(ge=0)] = 0,
@@ -194,7 +194,7 @@ async def list_snapshots(
     return {"snapshots": page.entries, "items": page.entries, "next_cursor": page.next_cursor, "offset": page.offset}
 
 
-@router.get("/snapshots/{reference}", responses=answers(SnapshotView, 404))
+@router.get("/snapshots/{reference}", responses=answers("SnapshotView", 404))
 async def get_snapshot(reference: str) -> dict[str, Any]:
     """A snapshot by id, name or name:tag."""
     if reference not in DEFAULT_SNAPSHOT_REFERENCES:
@@ -202,7 +202,7 @@ async def get_snapshot(reference: str) -> dict[str, Any]:
     return _default_snapshot()
 
 
-@router.get("/snapshots-by-name/{name}", responses=answers(SnapshotTags, 404))
+@router.get("/snapshots-by-name/{name}", responses=answers("SnapshotTags", 404))
 async def get_snapshot_tags(name: str) -> dict[str, Any]:
     """The tags of a snapshot name."""
     if name != DEFAULT_SNAPSHOT_NAME:

@@ -16,21 +16,22 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import uvloop
 
-from gatewayd.local import logs
-from gatewayd.local.app import build_app
+from gatewayd.local import logs, memory
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.guard import WILDCARDS, Guard
-from gatewayd.local.httpd import Server, Tunnels, make_server
 from gatewayd.local.runtime.base import RuntimeFailure
 from gatewayd.local.runtimes import NAMES, make_runtime, table
 from gatewayd.local.statedir import StateDir, StateDirError, StateDirInUse
 from gatewayd.local.store import Store, StoreError
 from gatewayd.local.sweeper import sweep_for_ever
 from gatewayd.tasks import TaskOwner
+
+if TYPE_CHECKING:
+    from gatewayd.local.httpd import Server
 
 log = logging.getLogger("gatewayd.local")
 
@@ -150,6 +151,10 @@ def _endpoint(sock: socket.socket, host: str) -> str:
 
 
 async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str, base: Path | None) -> int:
+    memory.spare()
+    from gatewayd.local.app import build_app
+    from gatewayd.local.httpd import Tunnels, make_server
+
     store = Store(state.database)
     state.claim(runtime, empty=not store.load())
     boxes = Boxes(store, make_runtime(runtime, state.path, base))

@@ -9,6 +9,7 @@ from datetime import datetime
 
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import ServiceError
+from gatewayd.local.memory import Trimmer
 from gatewayd.local.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,11 @@ def pause(boxes: Boxes) -> float:
 
 
 async def sweep_for_ever(boxes: Boxes) -> None:
-    """Look whenever a sandbox may be due, until cancelled."""
+    """Look whenever a sandbox may be due, until cancelled. Memory is given back when it has become quiet."""
+    trimmer = Trimmer()
     while True:
         await asyncio.sleep(pause(boxes))
+        trimmer.look()
         try:
             await sweep(boxes)
         except ServiceError as exc:
