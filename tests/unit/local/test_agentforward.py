@@ -141,7 +141,7 @@ async def test_the_client_closes_after_its_answer(box: Listening, forward: Agent
     await get(client)
     program.send(b"another")
     async with asyncio.timeout(5):
-        while not client._queue:  # it is not sent after the client's close: it would open the channel anew there
+        while not client._queue:  # noqa: ASYNC110 - it is not sent after the client's close: it would open the channel anew there
             await asyncio.sleep(0)
     for _ in range(2):
         assert client.receive(data("1", b"a" * 250_000)) is None
