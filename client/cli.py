@@ -32,6 +32,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Running things": {
         "exec": ("exec", "Run a command in a sandbox; input, output and exit code are passed on."),
+        "console": ("console", "Open a shell in a sandbox; it survives lost connections."),
+        "ps": ("ps", "List the sessions of exec and console in a sandbox."),
+        "attach": ("attach", "Go on with one of them."),
     },
     "Connecting": {
         "tunnel": ("tunnel", "Make a port of a sandbox a local port, or a pipe."),

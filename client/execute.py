@@ -1,4 +1,4 @@
-"""One running command: the frames of connect.sock on one side, this process's standard streams and signals on the other."""
+"""One running command whose streams are text: connect.sock's frames here, this process's streams and signals there."""
 
 from __future__ import annotations
 
@@ -122,9 +122,11 @@ class Execution:
         poll.register(self._sock.fileno(), select.POLLIN | (select.POLLOUT if self._pending else 0))
         if self._stdin is not None and sum(map(len, self._pending)) < PENDING_MAX:
             poll.register(self._stdin, select.POLLIN)
+        self._watch(poll)
         for fd, events in poll.poll(None if timeout is None else timeout * 1000):
             if fd != self._sock.fileno():
-                self._read_input()
+                if not self._other(fd):
+                    self._read_input()
                 continue
             if events & select.POLLOUT:
                 self._flush()
@@ -141,10 +143,22 @@ class Execution:
         except OSError:
             data = b""  # a directory, a terminal that is gone: no input
         if data:
-            self._send(Frame.STDIN, data)
+            self._input(data)
         else:
             self._send(Frame.STDIN_EOF)
             self._stdin = None
+
+    def _input(self, data: bytes) -> None:
+        """Pass on what was read."""
+        self._send(Frame.STDIN, data)
+
+    def _watch(self, poll: select.poll) -> None:
+        """Register what else is to be waited for."""
+
+    def _other(self, fd: int) -> bool:
+        """Deal with what `_watch` registered; whether `fd` was that."""
+        del fd
+        return False
 
     def _flush(self) -> None:
         try:

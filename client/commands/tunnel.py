@@ -27,6 +27,7 @@ LOOPBACK = "127.0.0.1"
     examples=(
         "sandbox tunnel demo --remote-port 5432",
         "sandbox tunnel demo --remote-port 5432 --local-port 0",
+        "sandbox tunnel demo --remote-port 5432 --resumable",
         "ssh -o ProxyCommand='sandbox tunnel demo --remote-port 22 --stdio' root@demo",
     ),
 )
@@ -34,6 +35,7 @@ LOOPBACK = "127.0.0.1"
 @click.option("--remote-port", type=Port(), required=True, help="Port inside the sandbox.")
 @click.option("--local-port", type=Port(zero=True), help="Local port; default: the same number, 0: any free one.")
 @click.option("--stdio", is_flag=True, help="Connect standard input and output instead, as a ProxyCommand does.")
+@click.option("--resumable", is_flag=True, help="Connections survive a lost link (needs Python in the sandbox).")
 @click.option(
     "--log-level",
     type=click.Choice(list(LEVELS)),
@@ -42,14 +44,20 @@ LOOPBACK = "127.0.0.1"
     help="Which connections to report: info every one, warn failed ones.",
 )
 @pass_settings
-def tunnel_command(settings: Settings, name: str, remote_port: int, local_port: int | None, stdio: bool, log_level: str) -> int:
+def tunnel_command(
+    settings: Settings, name: str, remote_port: int, local_port: int | None, stdio: bool, resumable: bool, log_level: str
+) -> int:
     """Listen on a local port and carry each connection to a port of the sandbox, until Ctrl-C (exit code 0)."""
     if stdio:
         if local_port is not None:
             raise click.UsageError("--stdio listens on no port: leave out --local-port")
+        if resumable:
+            raise click.UsageError("--stdio cannot be resumed: leave out --resumable")
         return _stdio(settings, name, remote_port)
     wanted = remote_port if local_port is None else local_port
-    fields = {"remote_port": remote_port, "local_port": wanted, "address": LOOPBACK}
+    fields: dict[str, object] = {"remote_port": remote_port, "local_port": wanted, "address": LOOPBACK}
+    if resumable:
+        fields["resumable"] = True
     sock: _socket.socket | None = None
     listening = False
     try:

@@ -336,13 +336,6 @@ def test_usage_errors(home: Path, args: list[str]) -> None:
     assert not (home / "run").exists()  # nothing was started for it
 
 
-def test_a_word_that_is_not_utf8(daemon: Daemon) -> None:
-    result = run("exec", "demo", "--", "a\udcff")
-    assert result.exit_code == 2
-    assert "is not UTF-8" in result.stderr
-    assert daemon.lines == []
-
-
 def test_a_defect_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("why")

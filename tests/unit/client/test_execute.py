@@ -1,4 +1,4 @@
-"""exec as a process of its own, against a daemon that speaks frames."""
+"""exec in a sandbox without a guest: a process of its own, against a daemon that speaks the frames of text."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from gatewayd.api import Frame
 from .conftest import DEADLINE, PROJECT, Daemon, Spawn
 
 OK = b'{"ok":{"pid":7,"command_id":"c"}}\n'
+NO_GUEST = b'{"error":{"kind":"unsupported","message":"there is no Python","hint":""}}\n'
+NOTE = b"sandbox: there is no Python: input and output can be text only\n"  # where there is input
 
 
 class Peer:
@@ -44,6 +46,9 @@ class Peer:
 
 def served(daemon: Daemon, script: Callable[[Peer], None]) -> None:
     def serve(request: dict[str, Any], sock: socket.socket) -> None:
+        if request["op"] == api.OP_GUEST:
+            sock.sendall(NO_GUEST)
+            return
         sock.sendall(OK)
         script(Peer(sock))
 
@@ -68,6 +73,8 @@ def test_the_request(daemon: Daemon, spawn: Spawn, monkeypatch: pytest.MonkeyPat
     process = spawn("exec", "demo", *options, "--profile", "work", *words, stdin=subprocess.DEVNULL)
     out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out, err) == (0, b"", b"")
+    guest = daemon.lines.pop(0)
+    assert (guest["op"], guest["sandbox"], guest["mode"], guest["wake"], guest["profile"]) == ("guest", "demo", 0, True, "work")
     assert daemon.lines == [
         {
             "op": "exec",
@@ -94,7 +101,7 @@ def test_streams_and_exit_code(daemon: Daemon, spawn: Spawn) -> None:
     served(daemon, script)
     process = spawn("exec", "demo", "--", "x")
     out, err = process.communicate(timeout=DEADLINE)
-    assert (process.returncode, out, err) == (41, b"out\0\xff" + b"x" * api.FRAME_MAX, b"err\xff")
+    assert (process.returncode, out, err) == (41, b"out\0\xff" + b"x" * api.FRAME_MAX, NOTE + b"err\xff")
 
 
 @pytest.mark.parametrize(("told", "code"), [(0, 0), (255, 255), (137, 137), (-9, 137), (256, 0), (-500, 255)])
@@ -108,7 +115,7 @@ def test_more_input_than_any_buffer_holds(daemon: Daemon, spawn: Spawn) -> None:
     data = os.urandom(5_000_000)
     process = spawn("exec", "demo", "--", "cat")
     out, err = process.communicate(data, timeout=DEADLINE)
-    assert (process.returncode, err) == (3, b"")
+    assert (process.returncode, err) == (3, NOTE)
     assert out == data
 
 
@@ -151,7 +158,7 @@ def test_closed_standard_streams(daemon: Daemon, home: object, closed: str) -> N
     )
     assert done.returncode == 5
     assert done.stdout == (b"" if ">&- 2" in closed or closed == ">&-" else b"out\n")
-    assert daemon.lines[0]["close_stdin"] is closed.startswith("<&-")
+    assert daemon.lines[-1]["close_stdin"] is closed.startswith("<&-")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -231,7 +238,7 @@ def test_a_broken_pipe_ends_it_quietly(daemon: Daemon, spawn: Spawn) -> None:
     process.stdout.close()
     assert process.wait(DEADLINE) == 141
     assert process.stderr is not None
-    assert process.stderr.read() == b""
+    assert process.stderr.read() == NOTE
     assert ended.wait(DEADLINE)
 
 
@@ -267,4 +274,22 @@ def test_an_unknown_sandbox(daemon: Daemon, spawn: Spawn) -> None:
     daemon.answer("GET", "/sandboxes", {"sandboxes": [{"name": "demo"}]})
     process = spawn("exec", "dmeo", "--", "x")
     _, err = process.communicate(timeout=DEADLINE)
+    assert [line["op"] for line in daemon.lines] == ["guest"]
     assert (process.returncode, err) == (68, b"sandbox: there is no sandbox 'dmeo'\nhint: did you mean 'demo'?\n")
+
+
+@pytest.mark.parametrize("option", [["--user", "me"], ["--detach"], ["--pty"]])
+def test_what_text_cannot_do(daemon: Daemon, spawn: Spawn, option: list[str]) -> None:
+    served(daemon, lambda peer: peer.exit(0))
+    process = spawn("exec", "demo", *option, "--", "x")
+    out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out, err) == (69, b"", f"sandbox: {option[0]} cannot be had: there is no Python\n".encode())
+
+
+def test_a_word_that_is_not_utf8(daemon: Daemon, spawn: Spawn) -> None:
+    served(daemon, lambda peer: peer.exit(0))
+    process = spawn("exec", "demo", "--", "a\udcff", stdin=subprocess.DEVNULL)
+    _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 2
+    assert b"is not UTF-8" in err
+    assert [line["op"] for line in daemon.lines] == ["guest"]

@@ -51,6 +51,17 @@ def test_until_it_is_ended(daemon: Daemon, spawn: Spawn, args: list[str], local:
     ]
 
 
+def test_resumable(daemon: Daemon, spawn: Spawn) -> None:
+    Forward(daemon)
+    process = spawn("tunnel", "demo", "--remote-port", "5432", "--resumable")
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE) == 0
+    assert daemon.lines[0]["resumable"] is True
+    assert spawn("tunnel", "demo", "--remote-port", "5432", "--resumable", "--stdio").wait(DEADLINE) == 2
+
+
 EVENTS = [
     {"event": "opened", "peer": "127.0.0.1:5001", "message": ""},
     {"event": "failed", "peer": "127.0.0.1:5001", "message": "nothing listens on port 5432 \x1b[31minside"},
