@@ -38,7 +38,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Connecting": {
         "tunnel": ("tunnel", "Make a port of a sandbox a local port, or a pipe."),
-        "ssh-setup": ("ssh_setup", "Set up `ssh sandbox-NAME`, scp, rsync and the like."),
+        "ssh-setup": ("ssh_setup", "Set up `ssh sandbox-NAME`, scp, rsync and the like, once."),
     },
     "The daemon": {
         "up": ("daemon", "Start the daemon (every other command does it, too)."),
@@ -51,7 +51,7 @@ EXAMPLES = (
     "sandbox create demo --memory 1gb",
     "sandbox exec demo -- python3 --version",
     "sandbox tunnel demo --remote-port 5432",
-    "sandbox ssh-setup demo && ssh sandbox-demo",
+    "sandbox ssh-setup && ssh sandbox-demo",
     "sandbox list --format pretty",
 )
 

@@ -27,7 +27,8 @@ REPLY_DEADLINE = 180.0  # seconds for an answer: a stopped sandbox may have to s
 START_DEADLINE = 20.0  # seconds for the daemon to come up
 ALREADY_RUNS = 73  # exit code of a daemon that found another one running (EX_CANTCREAT)
 BAD_CONFIG = 78  # exit code of a daemon that cannot use its configuration (EX_CONFIG)
-USAGE = "usage: sandbox proxy [--profile PROFILE] NAME"
+PREFIX = "sandbox-"  # of the host name that the user gave to ssh; the sandbox's name follows
+USAGE = "usage: sandbox proxy [--direct] [--no-start] [--profile PROFILE] [sandbox-]NAME"
 
 
 class Failure(Exception):
@@ -390,11 +391,13 @@ def is_unix_socket(fd: int) -> bool:
         probe.detach()
 
 
-def request_line(fields: "Mapping[str, str]") -> bytes:
-    """A connect.sock request of text fields. By hand: importing json costs as much as the interpreter's own start."""
+def request_line(fields: "Mapping[str, str | bool]") -> bytes:
+    """A connect.sock request of text and bool fields. By hand: importing json costs as much as the interpreter's own start."""
 
-    def quote(text: str) -> str:
-        return '"' + "".join(c if " " <= c <= "~" and c not in '"\\' else _escape(c) for c in text) + '"'
+    def quote(value: "str | bool") -> str:
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        return '"' + "".join(c if " " <= c <= "~" and c not in '"\\' else _escape(c) for c in value) + '"'
 
     return ("{" + ",".join(f"{quote(key)}:{quote(value)}" for key, value in fields.items()) + "}\n").encode()
 
@@ -404,19 +407,29 @@ def _escape(char: str) -> str:
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
 
-def open_ssh(name: str, profile: str = "") -> _socket.socket:
-    """The connection to the sshd of sandbox `name`, ready for ssh's first byte.
+def open_ssh(host: str, profile: str = "", *, direct: bool = False, start_box: bool = True) -> _socket.socket:
+    """The connection to the ssh server of sandbox `host` (its name, or the name ssh knows it by), ready for ssh's first byte.
+
+    Args:
+        direct: the sandbox's own sshd instead of the gateway.
+        start_box: whether a stopped sandbox may be started, if the configuration does not forbid it.
 
     Raises:
         Failure: as the daemon tells it, or as for `dial`.
     """
+    name = host[len(PREFIX) :] if host.startswith(PREFIX) else host
     if not is_name(name):
-        raise Failure("usage", f"{printable(name)!r} is not a sandbox name")
+        raise Failure("usage", f"{printable(host)!r} is not a sandbox name")
+    fields: dict[str, str | bool] = {"op": "ssh", "sandbox": name, **caller_fields(profile)}
+    if direct:
+        fields["direct"] = True
+    if not start_box:
+        fields["wake"] = False
     sock = dial("connect.sock")
     try:
         sock.settimeout(REPLY_DEADLINE)
         try:
-            sock.sendall(request_line({"op": "ssh", "sandbox": name, **caller_fields(profile)}))
+            sock.sendall(request_line(fields))
         except OSError as exc:
             raise Failure("unavailable", f"the connection to the daemon broke: {exc.strerror or exc}") from exc
         while not (line := read_line(sock)).startswith(b'{"ok"'):
@@ -444,15 +457,21 @@ def _other_reply(line: bytes) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Connect standard output (a Unix socket: by passing the descriptor) or both standard streams to the sandbox's sshd."""
-    profile = ""
-    if argv[:1] == ["--profile"] and len(argv) > 1:
-        profile, argv = argv[1], argv[2:]
+    """Connect standard output (a Unix socket: by passing the descriptor) or both standard streams to the sandbox's ssh server."""
+    profile, direct, start_box = "", False, True
+    while len(argv) > 1:
+        if argv[0] == "--profile":
+            profile, argv = argv[1], argv[2:]
+        elif argv[0] in ("--direct", "--no-start"):
+            direct, start_box = direct or argv[0] == "--direct", start_box and argv[0] != "--no-start"
+            argv = argv[1:]
+        else:
+            break
     if len(argv) != 1 or argv[0].startswith("-"):
         say(USAGE)
         return 2
     try:
-        sock = open_ssh(argv[0], profile)
+        sock = open_ssh(argv[0], profile, direct=direct, start_box=start_box)
         if is_unix_socket(1):
             pass_descriptor(sock)
         else:

@@ -62,6 +62,22 @@ def sandbox_facts(box: Any) -> str:
     )
 
 
+def sandbox_status(name: str, status: Any) -> str:
+    """How a sandbox is, and how it is reached."""
+    link = field(status, "link")
+    return output.facts(
+        [
+            ("name", name),
+            ("status", field(status, "status")),
+            ("message", field(status, "status_message")),
+            ("ssh", field(status, "ssh")),
+            ("link", field(link, "state")),
+            ("round trip", _milliseconds(field(link, "rtt_ms"))),
+            ("link error", field(link, "last_error")),
+        ]
+    )
+
+
 def _ttl(seconds: Any) -> str:
     return "never" if seconds == 0 else output.duration(seconds)
 

@@ -3,36 +3,39 @@
 ::
 
     ~/.ssh/config                one line more, the first: Include …/gatewayd/config
-    ~/.ssh/gatewayd/config       a header, and one block per sandbox
-    ~/.ssh/gatewayd/known_hosts  the host keys, under the name of the block
+    ~/.ssh/gatewayd/config       a header, and the blocks (`client.sshblocks`)
+    ~/.ssh/gatewayd/known_hosts  the host keys: the gateway's, and those of sandboxes that are reached directly
+
+With ``--inline`` a copy of the blocks stands in ~/.ssh/config in the place of the line, for programs that know no Include.
 
 Everything is bytes here: what is not ours is kept byte for byte. The header remembers how ~/.ssh/config looked before
-(`Origin`), so that removing the last block restores it exactly.
+(`Origin`), so that removing the last block restores it exactly. Each change is worked out whole before the first file is written;
+each file is replaced atomically; what a crash leaves behind in between is harmless, and the same command once more completes it.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from client import atomic
+from client import atomic, sshblocks, sshtext
 from client.proxy import Failure
-from gatewayd.api import ErrorKind
+from client.sshblocks import ANY, AUTHORIZED, PROFILE, Entry, Gateway
+from client.sshtext import unusable
+from gatewayd.api import SSH_PREFIX, ErrorKind
 
 DIRECTORY = "gatewayd"  # below ~/.ssh
 CONFIG_MAX = 4 << 20  # bytes; a larger ssh configuration is none
-HEADER = b"# Written by `sandbox ssh-setup`, one block per sandbox; a block is replaced as a whole.\n"
+HEADER = b"# Written by `sandbox ssh-setup`: what stands between two marks is replaced as a whole.\n"
 ORIGIN = b"# ssh-config: "  # the second line of the header, followed by an Origin
-AUTHORIZED = b"# authorized: "  # in a block: a key that ssh-setup added inside the sandbox
-PROFILE = b"# profile: "  # in a block: the profile under which the sandbox was found
+INLINE = "gatewayd"  # label of the copy in ~/.ssh/config
 
 
 class Origin:
-    """How ~/.ssh/config looked before our line came."""
+    """How ~/.ssh/config looked before our line, or our copy, came."""
 
     ALL = "made with ~/.ssh"  # not even ~/.ssh: remove that, too, when it is empty
     MADE = "made"  # there was none: remove it when it is empty again
@@ -41,21 +44,16 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One sandbox, as ssh shall know it."""
+class Change:
+    """One file before and after; None: there is none."""
 
-    name: str  # the sandbox's
-    user: str  # login name inside
-    host_keys: Sequence[str]  # "TYPE BASE64", checked
-    proxy: Sequence[str]  # the ProxyCommand's words
-    identity: Path | None = None  # IdentityFile; None: whatever the agent offers
-    authorized: Sequence[str] = field(default=())  # key lines that were added inside, to be taken out again
-    profile: str = ""  # the profile under which it was found, for taking them out
+    path: Path  # where it really is: no link
+    before: bytes | None
+    after: bytes | None
+    mode: int | None = None  # permission bits; None: those it has
 
-    @property
-    def host(self) -> str:
-        """What the user types after ``ssh``; also the HostKeyAlias."""
-        return f"sandbox-{self.name}"
+
+Texts = tuple[bytes, bytes]  # of gatewayd/config and gatewayd/known_hosts
 
 
 class SshConfig:
@@ -80,116 +78,233 @@ class SshConfig:
             return f"Include ~/.ssh/{DIRECTORY}/config\n".encode()
         if any(bad in str(self.config) for bad in "%?*["):  # patterns, and from OpenSSH 9.9 on tokens: they cannot be escaped
             raise Failure(ErrorKind.CONFIG, f"cannot use {str(self.config)!r} in an ssh configuration")
-        return f"Include {_quoted(self.config)}\n".encode()
+        return f"Include {sshtext.quoted(self.config)}\n".encode()
 
     # --- what the files say --------------------------------------------------------------------------
 
-    def render(self, entry: Entry) -> bytes:
-        """The block of `entry`.
+    def gateway(self) -> Gateway | None:
+        """The block for all sandboxes, if there is one. Raises Failure, ``config``, if it makes no sense."""
+        return self._gateway(self._read(self.config) or b"")
 
-        Raises:
-            Failure: ``config`` for a path that an ssh configuration cannot express.
-        """
-        # ssh expands % and hands the line to the user's shell.
-        command = " ".join(shlex.quote(word) for word in entry.proxy).replace("%", "%%")
-        if not command.isprintable():
-            raise Failure(ErrorKind.CONFIG, f"cannot use {entry.proxy!r} in an ssh configuration")
-        lines = [f"Host {entry.host}", f"User {entry.user}", f"HostKeyAlias {entry.host}"]
-        lines += [f"UserKnownHostsFile {_quoted(self.known_hosts)}", "StrictHostKeyChecking yes", "CheckHostIP no"]
-        if entry.identity is not None:
-            lines += [f"IdentityFile {_quoted(entry.identity)}", "IdentitiesOnly yes"]
-        lines += [f"ProxyCommand {command}", "ProxyUseFdpass yes"]
-        begin, end = _marks(entry.name)
-        notes = [AUTHORIZED.decode() + key for key in entry.authorized]
-        if entry.profile:
-            notes.insert(0, PROFILE.decode() + entry.profile)
-        body = [*notes, lines[0], *(f"    {line}" for line in lines[1:])]
-        return begin + "".join(f"{line}\n" for line in body).encode() + end
+    def direct(self) -> list[str]:
+        """The sandboxes that have a block of their own."""
+        return _direct(self._read(self.config) or b"")
 
-    def known_lines(self, entry: Entry) -> bytes:
-        """The lines of known_hosts for `entry`."""
-        return "".join(f"{entry.host} {' '.join(key.split()[:2])}\n" for key in entry.host_keys).encode()
+    def has(self, name: str) -> bool:
+        """Whether sandbox `name` has one."""
+        return name in self.direct()
 
     def authorized(self, name: str) -> list[str]:
         """The key lines that ssh-setup has added inside sandbox `name`."""
-        return self._notes(name, AUTHORIZED)
+        return sshtext.notes(self._block(name), AUTHORIZED)
 
     def profile(self, name: str) -> str:
         """The profile that the block of sandbox `name` was made with, or ""."""
-        return next(iter(self._notes(name, PROFILE)), "")
+        return next(iter(sshtext.notes(self._block(name), PROFILE)), "")
 
-    def _notes(self, name: str, mark: bytes) -> list[str]:
-        block = _find(self._read(self.config) or b"", name, self.config)[1]
-        return [line[len(mark) :].decode().strip() for line in block.splitlines() if line.startswith(mark)]
+    def _block(self, name: str) -> bytes:
+        return sshtext.find(self._read(self.config) or b"", SSH_PREFIX + name, self.config)[1]
 
-    def has(self, name: str) -> bool:
-        """Whether there is a block for sandbox `name`."""
-        return bool(_find(self._read(self.config) or b"", name, self.config)[1])
+    def _gateway(self, text: bytes) -> Gateway | None:
+        block = sshtext.find(text, ANY, self.config)[1]
+        return Gateway.parse(block, self.config) if block else None
 
     # --- changing them -------------------------------------------------------------------------------
+    # All of these return what they changed; with `dry`, what they would change. Doing the same twice changes nothing.
+    # `inline` None: in the manner that is there. They raise Failure, ``config``, when a file cannot be read, written, understood.
 
-    def add(self, entry: Entry) -> None:
-        """Write or replace what concerns `entry`. Doing it twice changes nothing.
+    def add(self, entry: Entry, *, inline: bool | None = None, dry: bool = False) -> list[Change]:
+        """Write or replace the block of a sandbox that is reached directly."""
+        block = entry.render(self.known_hosts)
 
-        Raises:
-            Failure: ``config``; a file cannot be read, written or understood. What was written before that is harmless.
+        def edit(text: bytes, known: bytes) -> Texts:
+            gateway = self._gateway(text)
+            if gateway is not None:
+                text = self._replaced(text, ANY, _without(gateway, entry.name))
+            known = sshtext.with_hosts(known, lambda host: host == entry.host, entry.known_lines())
+            return self._replaced(text, entry.host, block), known
+
+        return self._change(edit, inline, dry)
+
+    def set_gateway(
+        self,
+        edit: Callable[[Gateway | None], Gateway],
+        host_key: str,
+        *,
+        name: str | None = None,
+        inline: bool | None = None,
+        dry: bool = False,
+    ) -> list[Change]:
+        """Write or replace the block for all sandboxes; `edit` makes the new one from the old one.
+
+        Sandbox `name` is then one of them, even if it had a block of its own.
         """
-        block, include = self.render(entry), self.include
+
+        def change(text: bytes, known: bytes) -> Texts:
+            gateway = edit(self._gateway(text))
+            if name is not None:
+                text, known = self._replaced(text, SSH_PREFIX + name, b""), _forget(known, name)
+            line = sshblocks.gateway_known_line(host_key, ())
+            known = sshtext.with_hosts(known, _is_gateway, line)
+            return self._replaced(text, ANY, gateway.render(())), known
+
+        return self._change(change, inline, dry)
+
+    def relist(self, edit: Callable[[Gateway], Gateway]) -> list[Change]:
+        """Change what the block for all sandboxes lists; without one, nothing."""
+
+        def change(text: bytes, known: bytes) -> Texts:
+            gateway = self._gateway(text)
+            if gateway is None:
+                return text, known
+            return self._replaced(text, ANY, edit(gateway).render(())), known
+
+        return self._change(change, None, False) if self.config.exists() else []
+
+    def remove(self, name: str, *, dry: bool = False) -> list[Change]:
+        """Take out what concerns sandbox `name`; with the last one that ssh-setup was run for, everything."""
+
+        def edit(text: bytes, known: bytes) -> Texts:
+            gateway = self._gateway(text)
+            if gateway is not None:
+                text = self._replaced(text, ANY, _without(gateway, name))
+            return self._replaced(text, SSH_PREFIX + name, b""), _forget(known, name)
+
+        return self._change(edit, None, dry) if self._is_set_up() else []
+
+    def remove_all(self, *, dry: bool = False) -> list[Change]:
+        """Take out everything."""
+
+        def edit(text: bytes, known: bytes) -> Texts:
+            for label in [ANY, *(SSH_PREFIX + name for name in _direct(text))]:
+                text = self._replaced(text, label, b"")
+            return text, sshtext.with_hosts(known, lambda host: host.startswith(SSH_PREFIX), b"")
+
+        return self._change(edit, None, dry) if self._is_set_up() else []
+
+    def _is_set_up(self) -> bool:
+        return self.own.is_dir() or bool(self._inlined(self._read(self.main) or b"")[1])
+
+    def _replaced(self, text: bytes, label: str, block: bytes) -> bytes:
+        """`text` with `block` in the place of the one of `label`. A new one goes before the one for all, or to the end."""
+        before, old, after = sshtext.find(text, label, self.config)
+        if not old and block and label != ANY:
+            before, old, after = sshtext.find(text, ANY, self.config)
+            after = old + after
+        if block and before and not before.endswith(b"\n"):
+            before += b"\n"
+        return before + block + after
+
+    def _change(self, edit: Callable[[bytes, bytes], Texts], inline: bool | None, dry: bool) -> list[Change]:
         fresh = not self.ssh.exists()
-        with self._files():
-            main = self._read(self.main)
-            text = self._read(self.config)
+        if fresh and not inline:
+            self.include  # noqa: B018 - a path that cannot be used is told before anything is made
+        with nullcontext() if dry else self._files():
+            main, text, known = (self._read(path) for path in (self.main, self.config, self.known_hosts))
+            new_text, new_known = edit(text or b"", known or b"")
+            new_text, new_known = self._settled(new_text, new_known)
+            changes = self._plan(main, text, known, new_text, new_known, inline, fresh)
+            if not dry:
+                self._apply(changes, everything=not _body(new_text).strip(), origin=_origin_of(text or b""))
+        return changes
+
+    def _settled(self, text: bytes, known: bytes) -> Texts:
+        """The block and the key of the gateway, with the direct sandboxes left out of them."""
+        gateway, direct = self._gateway(text), _direct(text)
+        if gateway is None:
+            return text, sshtext.with_hosts(known, _is_gateway, b"")
+        text = self._replaced(text, ANY, gateway.without_names(direct).render(direct))
+        words = [line.decode().split(maxsplit=1) for _, line in sshtext.lines(known)]
+        keys = [word[1] for word in words if len(word) > 1 and _is_gateway(word[0])]
+        return text, sshtext.with_hosts(known, _is_gateway, sshblocks.gateway_known_line(keys[0], direct) if keys else b"")
+
+    def _plan(
+        self,
+        main: bytes | None,
+        text: bytes | None,
+        known: bytes | None,
+        new_text: bytes,
+        new_known: bytes,
+        inline: bool | None,
+        fresh: bool,
+    ) -> list[Change]:
+        """The files that change, in the order in which they are written."""
+        config_path, known_path, main_path = (Path(os.path.realpath(path)) for path in (self.config, self.known_hosts, self.main))
+        if not _body(new_text).strip():
+            changes = [
+                # The main file first: a crash after this loses nothing, a crash after the rest would lose the origin.
+                Change(main_path, main, self._restored(main, _origin_of(text or b""))),
+                Change(config_path, text, None),
+                Change(known_path, known, new_known if new_known.strip() else None, 0o600),
+            ]
+        else:
+            origin = self._origin(main, text, fresh)
+            new_text = _with_origin(new_text, origin)
+            changes = [
+                Change(known_path, known, new_known if new_known or known is not None else None, 0o600),
+                Change(config_path, text, new_text, 0o600),
+                Change(main_path, main, self._led(main or b"", _body(new_text), inline, origin)),
+            ]
+        return [change for change in changes if change.before != change.after]
+
+    def _apply(self, changes: list[Change], *, everything: bool, origin: str) -> None:
+        if not everything:
             self.own.mkdir(mode=0o700, exist_ok=True)
-            known = self._read(self.known_hosts) or b""
-            self._write(self.known_hosts, _with_host(known, entry.host, self.known_lines(entry)), known)
-            before, old, after = _find(_with_origin(text, self._origin(main, text, fresh)), entry.name, self.config)
-            if not old and before and not before.endswith(b"\n"):
-                before += b"\n"
-            self._write(self.config, before + block + after, text)
-            if not _includes(main or b"", include):
-                atomic.replace(self._target(), include + (main or b""))
-
-    def remove(self, name: str) -> bool:
-        """Take out what concerns sandbox `name`; with the last one, everything. Returns whether there was anything.
-
-        Raises:
-            Failure: as for `add`.
-        """
-        if not self.own.is_dir():
-            return False
-        with self._files():
-            text = self._read(self.config) or b""
-            before, old, after = _find(text, name, self.config)
-            known = self._read(self.known_hosts) or b""
-            known_left = _with_host(known, f"sandbox-{name}", b"")
-            left = before + after
-            found = bool(old) or known_left != known
-            if left.strip() and _body(left).strip():
-                self._write(self.config, left, text)
-                self._write(self.known_hosts, known_left, known)
-                return found
-            origin = _origin_of(text)
-            self._restore_main(origin)  # first: a crash after this loses nothing, a crash after the rest would lose the origin
-            for path, rest in ((self.config, b""), (self.known_hosts, known_left)):
-                if not rest.strip():
-                    path.unlink(missing_ok=True)
+        for change in changes:
+            if change.after is None:
+                change.path.unlink()
+            else:
+                atomic.replace(change.path, change.after, change.mode)
+        if everything:
             with suppress(OSError):  # something of the user's is in it
                 self.own.rmdir()
             atomic.sync_dir(self.ssh)
-        if origin == Origin.ALL:
-            with suppress(OSError):  # it is not empty
-                self.ssh.rmdir()
-        return found
+            if origin == Origin.ALL:
+                with suppress(OSError):
+                    self.ssh.rmdir()
 
-    def _restore_main(self, origin: str) -> None:
-        main = self._read(self.main)
-        if main is None or origin == Origin.PRESENT:
-            return
-        rest = _without_include(main, self.include)
-        if origin in (Origin.ALL, Origin.MADE) and not rest:
-            self._target().unlink()
-        elif rest != main:
-            atomic.replace(self._target(), rest)
+    # --- ~/.ssh/config itself ------------------------------------------------------------------------
+
+    def _inlined(self, main: bytes) -> tuple[bytes, bytes, bytes]:
+        """What stands before our copy, the copy, and what follows.
+
+        Raises:
+            Failure: ``config``; its marks are damaged, or it has come to stand below a Host or Match, which decides about it.
+        """
+        before, copy, after = sshtext.find(main, INLINE, self.main)
+        if copy:  # else all of it stands before
+            for _, line in sshtext.lines(before):
+                if sshtext.keyword(line) in (b"host", b"match"):
+                    mark = f"# begin {INLINE}"
+                    raise unusable(
+                        self.main, f"{line.decode().strip()!r} stands before {mark!r}", "move that block to the top of the file"
+                    )
+        return before, copy, after
+
+    def _led(self, main: bytes, body: bytes, inline: bool | None, origin: str) -> bytes:
+        """`main` with what makes ssh read our blocks before its own."""
+        before, copy, after = self._inlined(main)
+        if inline or (inline is None and copy):
+            if not copy:
+                before, after = b"", self._unlinked(main, origin)
+            # The last line opens a section for every host again: what follows stood outside of all sections.
+            return before + sshtext.marked(INLINE, HEADER + body + b"Host *\n") + after
+        main = before + after
+        return main if sshtext.includes(main, self.include) else self.include + main
+
+    def _unlinked(self, main: bytes, origin: str) -> bytes:
+        """`main` without our line, unless it is not ours."""
+        if origin != Origin.PRESENT:
+            with suppress(Failure):  # a path that the line cannot express is not in there
+                return sshtext.without_include(main, self.include)
+        return main
+
+    def _restored(self, main: bytes | None, origin: str) -> bytes | None:
+        if main is None:
+            return None
+        before, _, after = self._inlined(main)
+        rest = self._unlinked(before + after, origin)
+        return None if origin in (Origin.ALL, Origin.MADE) and not rest else rest
 
     def _origin(self, main: bytes | None, text: bytes | None, fresh: bool) -> str:
         """What the header shall say: once recorded it stays, unless our line has gone meanwhile."""
@@ -198,8 +313,11 @@ class SshConfig:
             return Origin.ALL
         if main is None:
             return recorded if recorded in (Origin.ALL, Origin.MADE) else Origin.MADE
-        if _includes(main, self.include):
-            return recorded or Origin.PRESENT
+        if self._inlined(main)[1]:
+            return recorded or Origin.ADDED
+        with suppress(Failure):
+            if sshtext.includes(main, self.include):
+                return recorded or Origin.PRESENT
         return recorded if recorded in (Origin.ALL, Origin.MADE) and not main else Origin.ADDED
 
     # --- files ---------------------------------------------------------------------------------------
@@ -215,10 +333,6 @@ class SshConfig:
             what = exc.filename or self.ssh
             raise Failure(ErrorKind.CONFIG, f"cannot change {what}: {exc.strerror or exc}") from exc
 
-    def _target(self) -> Path:
-        """~/.ssh/config, or what it links to."""
-        return Path(os.path.realpath(self.main))
-
     def _read(self, path: Path) -> bytes | None:
         """The content of a file of text, None if there is no such file.
 
@@ -227,7 +341,7 @@ class SshConfig:
         """
         try:
             if path.exists() and not path.is_file():
-                raise Failure(ErrorKind.CONFIG, f"cannot use {path}: it is not a file")
+                raise unusable(path, "it is not a file")
             with path.open("rb") as file:
                 data = file.read(CONFIG_MAX + 1)
         except FileNotFoundError:
@@ -235,110 +349,56 @@ class SshConfig:
         except OSError as exc:
             raise Failure(ErrorKind.CONFIG, f"cannot read {path}: {exc.strerror}") from exc
         if len(data) > CONFIG_MAX:
-            raise Failure(ErrorKind.CONFIG, f"cannot use {path}: it is larger than {CONFIG_MAX >> 20} MiB")
+            raise unusable(path, f"it is larger than {CONFIG_MAX >> 20} MiB")
         try:
             data.decode()
         except UnicodeDecodeError as exc:
-            raise Failure(ErrorKind.CONFIG, f"cannot use {path}: byte {exc.start} is not UTF-8 text") from None
+            raise unusable(path, f"byte {exc.start} is not UTF-8 text") from None
         if b"\0" in data:
-            raise Failure(ErrorKind.CONFIG, f"cannot use {path}: it is not text")
+            raise unusable(path, "it is not text")
         return data
 
-    def _write(self, path: Path, data: bytes, before: bytes | None) -> None:
-        if data != before:
-            atomic.replace(path, data, 0o600)
+
+def _direct(text: bytes) -> list[str]:
+    names = [label.removeprefix(SSH_PREFIX) for label in sshtext.labels(text) if label.startswith(SSH_PREFIX) and label != ANY]
+    return list(dict.fromkeys(names))
 
 
-def _marks(name: str) -> tuple[bytes, bytes]:
-    return f"# begin sandbox-{name}\n".encode(), f"# end sandbox-{name}\n".encode()
+def _without(gateway: Gateway, name: str) -> bytes:
+    """The block for all when `name` is no longer asked for: b"" with the last one."""
+    gateway = gateway.without_names([name])
+    if gateway.asked is None:
+        return gateway.render(())
+    asked = gateway.asked - {name}
+    return replace(gateway, asked=asked).render(()) if asked else b""
 
 
-def _find(text: bytes, name: str, path: Path) -> tuple[bytes, bytes, bytes]:
-    """`text` as what stands before the block of `name`, the block, and what follows; without a block, all of it stands before.
+def _is_gateway(host: str) -> bool:
+    return host.split(",")[0] == ANY
 
-    Raises:
-        Failure: ``config``; the block has no end.
-    """
-    begin, end = _marks(name)
-    start = 0 if text.startswith(begin) else text.find(b"\n" + begin) + 1
-    if not start and not text.startswith(begin):
-        return text, b"", b""
-    stop = text.find(b"\n" + end, start)
-    if stop < 0:
-        marks = (mark.decode().strip() for mark in (begin, end))
-        raise Failure(ErrorKind.CONFIG, "cannot use {}: the line {!r} has no {!r} after it".format(path, *marks))
-    stop += 1 + len(end)
-    return text[:start], text[start:stop], text[stop:]
+
+def _forget(known: bytes, name: str) -> bytes:
+    return sshtext.with_hosts(known, lambda host: host == SSH_PREFIX + name, b"")
+
+
+def _is_header(line: bytes) -> bool:
+    return line.rstrip() == HEADER.rstrip() or line.startswith(ORIGIN)
 
 
 def _body(text: bytes) -> bytes:
     """`text` without the header."""
-    lines = text.splitlines(keepends=True)
-    return b"".join(line for line in lines if line != HEADER and not line.startswith(ORIGIN))
+    return b"".join(line for _, line in sshtext.lines(text) if not _is_header(line))
 
 
 def _origin_of(text: bytes) -> str:
-    for line in text.splitlines():
-        if line.startswith(ORIGIN):
-            return line[len(ORIGIN) :].decode().strip()
-    return Origin.ADDED
+    return next(iter(sshtext.notes(text, ORIGIN)), Origin.ADDED)
 
 
-def _with_origin(text: bytes | None, origin: str) -> bytes:
+def _with_origin(text: bytes, origin: str) -> bytes:
     """`text` with a header that says `origin`; the rest stays as it is."""
     line = ORIGIN + origin.encode() + b"\n"
-    if not text:
-        return HEADER + line
-    lines = text.splitlines(keepends=True)
-    for number, old in enumerate(lines):
-        if old.startswith(ORIGIN):
-            lines[number] = line
-            return b"".join(lines)
-    return HEADER + line + text
-
-
-def _global_lines(main: bytes) -> Iterator[tuple[int, bytes]]:
-    """Start and text of each line before the first Host or Match: only these are read for every host."""
-    start = 0
-    for line in main.splitlines(keepends=True):
-        words = line.replace(b"=", b" ").split(maxsplit=1)
-        if words and words[0].lower() in (b"host", b"match"):
-            return
-        yield start, line
-        start += len(line)
-
-
-def _includes(main: bytes, include: bytes) -> bool:
-    return any(line.strip() == include.strip() for _, line in _global_lines(main))
-
-
-def _without_include(main: bytes, include: bytes) -> bytes:
-    for start, line in _global_lines(main):
-        if line.strip() == include.strip():
-            return main[:start] + main[start + len(line) :]
-    return main
-
-
-def _with_host(known: bytes, host: str, lines: bytes) -> bytes:
-    """known_hosts with `lines` in the place of those of `host`, or at its end."""
-    kept: list[bytes] = []
-    place = -1
-    for line in known.splitlines(keepends=True):
-        if line.split(maxsplit=1)[:1] != [host.encode()]:
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-        elif place < 0:
-            place = len(kept)
-    kept.insert(place if place >= 0 else len(kept), lines)
-    return b"".join(kept)
-
-
-def _quoted(path: Path) -> str:
-    """`path` as one word of an ssh configuration.
-
-    Raises:
-        Failure: ``config``; ssh offers no way to write it.
-    """
-    text = str(path)
-    if not text.isprintable() or any(bad in text for bad in ('"', "\\", "${")):
-        raise Failure(ErrorKind.CONFIG, f"cannot use {text!r} in an ssh configuration")
-    return f'"{text.replace("%", "%%")}"' if any(c in text for c in " '#=,") else text.replace("%", "%%")
+    found = [(start, old) for start, old in sshtext.lines(text) if old.startswith(ORIGIN)]
+    if not found:
+        return HEADER + line + text
+    start, old = found[0]
+    return text[:start] + line + text[start + len(old) :]

@@ -10,6 +10,7 @@ import click
 from client import output, render
 from client.cli import Command, Settings, pass_settings
 from client.control import WAIT_GRACE
+from client.hosts import relist
 from client.params import Duration, Json, Name, Pair, Size, Timeout
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -73,9 +74,11 @@ def create_command(
         labels=dict(label) or None,
         proxy_config=proxy_config,
     )
+    control = settings.control()
     with output.progress(f"creating {name or 'a sandbox'}"):
-        box = settings.control().request("POST", "/sandboxes", body, timeout=timeout + WAIT_GRACE)
+        box = control.request("POST", "/sandboxes", body, timeout=timeout + WAIT_GRACE)
     render.warn(box)
+    relist(control, added=render.names([box]))
     settings.show(box, lambda: render.sandbox_facts(box), render.names([box]))
 
 
@@ -163,6 +166,9 @@ def update_command(
     )
     if not body:
         raise click.UsageError("nothing to change was given", ctx)
-    box = settings.control().sandbox("PATCH", name, body=body)
+    control = settings.control()
+    box = control.sandbox("PATCH", name, body=body)
     render.warn(box)
+    if new_name is not None:
+        relist(control, added=render.names([box]), gone=[name])
     settings.show(box, lambda: render.sandbox_facts(box), render.names([box]))

@@ -10,6 +10,7 @@ import click
 from client import output, render
 from client.cli import Command, Settings, pass_settings, report
 from client.control import WAIT_GRACE, Control
+from client.hosts import relist
 from client.params import Name, Timeout
 from client.proxy import Failure
 from gatewayd import api
@@ -79,6 +80,7 @@ def delete_command(settings: Settings, names: tuple[str, ...], yes: bool) -> int
         else:
             report(failure)
             code = code or api.EXIT_CODES.get(failure.kind, api.EXIT_CODES[api.ErrorKind.INTERNAL])
+    relist(control, gone=deleted)
     answer: dict[str, Any] = {"deleted": deleted}
     if deleted or not code:
         settings.show(answer, lambda: "".join(f"deleted {name}\n" for name in deleted), deleted)

@@ -9,6 +9,7 @@ import click
 from client import output, render
 from client.cli import Command, Settings, pass_settings, report
 from client.control import NotRunning
+from client.hosts import is_direct
 from client.params import Name
 from gatewayd import api
 
@@ -20,8 +21,9 @@ def status_command(settings: Settings, name: str | None) -> int:
     """Show the status of one sandbox; without NAME, of the daemon, which is not started for that."""
     if name is not None:
         answer = settings.control().sandbox("GET", name, "/status")
-        pairs = [("name", name), ("status", output.field(answer, "status")), ("message", output.field(answer, "status_message"))]
-        settings.show(answer, lambda: output.facts(pairs), [name])
+        if isinstance(answer, dict) and is_direct(name):
+            answer["ssh"] = "sshd"  # the daemon does not look into ~/.ssh
+        settings.show(answer, lambda: render.sandbox_status(name, answer), [name])
         return 0
     try:
         status = settings.control(start=False).request("GET", "/status")

@@ -162,7 +162,7 @@ def test_no_secret_shows_anywhere(own_gateway: Gateway) -> None:
     gateway = own_gateway
     gateway.sandbox("create", "box", "--wait")
     gateway.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", gateway.home / "key")
-    gateway.sandbox("ssh-setup", "box", "--identity", str(gateway.home / "key.pub"))
+    gateway.sandbox("ssh-setup", "box", "--direct", "--identity", str(gateway.home / "key.pub"))
     key = gateway.api_key
     env = {"LANGSMITH_API_KEY": key, "LANGSMITH_ENDPOINT": gateway.service["endpoint"]}
     with gateway.tunnel("box", 22):

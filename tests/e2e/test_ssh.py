@@ -1,4 +1,4 @@
-"""ssh, scp, sftp and rsync through the gateway, to the sandbox's own sshd."""
+"""ssh, scp, sftp and rsync through the gateway, to the sandbox's own sshd (ssh-setup --direct)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ssh_box(gateway: Gateway) -> str:
     gateway.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", ssh / "id_ed25519")
     name = make(gateway, "box")
     gateway.sh(name, "mkdir -p -m 700 ~/.ssh; echo 'ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOther other' > ~/.ssh/authorized_keys")
-    gateway.sandbox("ssh-setup", name)
+    gateway.sandbox("ssh-setup", name, "--direct")
     return name
 
 
@@ -34,7 +34,7 @@ def test_the_configuration_is_added_not_replaced(gateway: Gateway, ssh_box: str)
     assert text.endswith(OLD_CONFIG)
     assert text.startswith("Include ")
     assert text.count("Include") == 1
-    gateway.sandbox("ssh-setup", ssh_box)
+    gateway.sandbox("ssh-setup", ssh_box, "--direct")
     assert (gateway.home / ".ssh" / "config").read_text() == text
     keys = gateway.sh(ssh_box, "cat ~/.ssh/authorized_keys").splitlines()
     assert keys[0].endswith("IOther other")
@@ -89,7 +89,7 @@ def test_ssh_starts_the_daemon(gateway: Gateway, ssh_box: str) -> None:
 
 def test_ssh_to_a_sandbox_that_is_gone_says_so(gateway: Gateway, ssh_box: str) -> None:
     make(gateway, "fleeting")
-    gateway.sandbox("ssh-setup", "fleeting")
+    gateway.sandbox("ssh-setup", "fleeting", "--direct")
     gateway.sandbox("delete", "fleeting", "--yes")
     err = gateway.ssh("ssh", "sandbox-fleeting", "true", code=255).stderr.decode()
     assert "fleeting" in err
@@ -101,7 +101,7 @@ def test_an_impostor_is_noticed(gateway: Gateway, ssh_box: str) -> None:
     gateway.sh(ssh_box, "rm /etc/ssh/ssh_host_*; pkill -x sshd || true")
     err = gateway.ssh("ssh", HOST, "true", code=255).stderr.decode()
     assert "HOST IDENTIFICATION HAS CHANGED" in err or "Host key verification failed" in err
-    gateway.sandbox("ssh-setup", ssh_box)  # the user says: it is still mine
+    gateway.sandbox("ssh-setup", ssh_box, "--direct")  # the user says: it is still mine
     gateway.ssh("ssh", HOST, "true")
 
 

@@ -62,6 +62,7 @@ def test_the_rules_are_the_contract_s(environment: dict[str, str], home: Path, m
 def test_the_limits_are_the_contract_s() -> None:
     assert proxy.LINE_MAX == api.LINE_MAX
     assert api.EXIT_CODES[api.ErrorKind.CONFLICT] == proxy.ALREADY_RUNS
+    assert proxy.PREFIX == api.SSH_PREFIX
 
 
 def test_imports_are_few() -> None:
@@ -76,8 +77,8 @@ def test_imports_are_few() -> None:
     assert done.stdout.split() == ["_socket"]
 
 
-@given(st.dictionaries(st.text(), st.text()))
-def test_the_request_line_is_json(fields: dict[str, str]) -> None:
+@given(st.dictionaries(st.text(), st.text() | st.booleans()))
+def test_the_request_line_is_json(fields: dict[str, str | bool]) -> None:
     line = proxy.request_line(fields)
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
@@ -126,6 +127,25 @@ def test_the_descriptor_arrives(daemon: Daemon) -> None:
             received += chunk
     assert received == b"BANNER\nHELLO"
     assert daemon.lines == [{"op": "ssh", "sandbox": "demo", "profile": "work"}]
+
+
+@pytest.mark.parametrize(
+    ("args", "fields"),
+    [
+        (["demo"], {"sandbox": "demo"}),
+        (["sandbox-demo"], {"sandbox": "demo"}),
+        (["sandbox-sandbox-demo"], {"sandbox": "sandbox-demo"}),
+        (["--no-start", "sandbox-demo"], {"sandbox": "demo", "wake": False}),
+        (["--direct", "--profile", "work", "sandbox-demo"], {"sandbox": "demo", "profile": "work", "direct": True}),
+        (["--no-start", "--direct", "x"], {"sandbox": "x", "direct": True, "wake": False}),
+    ],
+    ids=" ".join,
+)
+def test_what_is_asked_for(daemon: Daemon, args: list[str], fields: dict[str, Any]) -> None:
+    daemon.script = lambda request, sock: sock.sendall(b'{"ok":{}}\n')
+    done = subprocess.run([*HELPER, *args], stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert daemon.lines == [{"op": "ssh", **fields}]
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="OpenSSH is not installed")
@@ -208,7 +228,9 @@ def test_errors_are_told_without_control_characters(daemon: Daemon) -> None:
     assert done.stderr == b"sandbox: no  [31m sandbox\nhint: look\n"
 
 
-@pytest.mark.parametrize("args", [[], ["a", "b"], ["--help"], ["-x"]])
+@pytest.mark.parametrize(
+    "args", [[], ["a", "b"], ["--help"], ["-x"], ["-x", "a"], ["--profile", "a"], ["--direct"], ["a", "--no-start"]]
+)
 def test_usage(args: list[str], home: Path) -> None:
     done = subprocess.run([*HELPER, *args], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, f"{proxy.USAGE}\n")

@@ -1,4 +1,4 @@
-"""ssh-setup: from the answer of the daemon to files that the real ssh reads, and back."""
+"""ssh-setup --direct: from the answer of the daemon to files that the real ssh reads, and back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_there_and_back(setup: Daemon, home: Path) -> None:
     config = home / ".ssh" / "config"
     config.write_bytes(b"Host *\r\n  User x")
     config.chmod(0o640)
-    result = run("ssh-setup", "demo")
+    result = run("ssh-setup", "demo", "--direct")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout) == {
         "host": "sandbox-demo",
@@ -63,7 +63,7 @@ def test_there_and_back(setup: Daemon, home: Path) -> None:
     assert config.read_bytes() == f"Include {home}/.ssh/gatewayd/config\n".encode() + b"Host *\r\n  User x"
     text = (home / ".ssh" / "gatewayd" / "config").read_text()
     assert f"    IdentityFile {home}/.ssh/id_ed25519\n" in text
-    assert f"    ProxyCommand {sys.executable} -I -S {PROJECT}/client/proxy.py --profile local demo\n" in text
+    assert f"    ProxyCommand {sys.executable} -I -S {PROJECT}/client/proxy.py --direct --profile local sandbox-demo\n" in text
     assert (home / ".ssh" / "gatewayd" / "known_hosts").read_text() == f"sandbox-demo {HOST_KEY}\n"
 
     result = run("ssh-setup", "demo", "--remove")
@@ -78,7 +78,7 @@ def test_there_and_back(setup: Daemon, home: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="OpenSSH is not installed")
 def test_ssh_reads_it(setup: Daemon, home: Path) -> None:
-    command = json.loads(run("ssh-setup", "demo").stdout)["command"].split()
+    command = json.loads(run("ssh-setup", "demo", "--direct").stdout)["command"].split()
     done = subprocess.run([*command[:1], "-G", *command[1:]], capture_output=True, text=True, check=True)
     seen = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
     assert seen["user"] == "root"
@@ -89,10 +89,10 @@ def test_ssh_reads_it(setup: Daemon, home: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "args", "words"),
     [
-        ({}, [], "--profile local demo"),
-        ({}, ["--profile", "work"], "--profile work demo"),
-        ({"GATEWAYD_PROFILE": "team"}, [], "--profile team demo"),
-        ({"LANGSMITH_API_KEY": "s3cret", "LANGSMITH_ENDPOINT": "https://example.com"}, [], "--profile env demo"),
+        ({}, [], "--direct --profile local sandbox-demo"),
+        ({}, ["--profile", "work"], "--direct --profile work sandbox-demo"),
+        ({"GATEWAYD_PROFILE": "team"}, [], "--direct --profile team sandbox-demo"),
+        ({"LANGSMITH_API_KEY": "s3cret", "LANGSMITH_ENDPOINT": "https://example.com"}, [], "--direct --profile env sandbox-demo"),
     ],
 )
 def test_ssh_uses_the_same_profile(
@@ -100,7 +100,7 @@ def test_ssh_uses_the_same_profile(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run("ssh-setup", "demo", *args).exit_code == 0
+    assert run("ssh-setup", "demo", "--direct", *args).exit_code == 0
     written = "".join(path.read_text() for path in (home / ".ssh").rglob("*") if path.is_file())
     assert f"proxy.py {words}\n" in written
     assert "s3cret" not in written
@@ -108,23 +108,23 @@ def test_ssh_uses_the_same_profile(
 
 def test_twice(setup: Daemon, home: Path) -> None:
     """The second time nothing is added inside, and what the first time added is still known."""
-    run("ssh-setup", "demo")
+    run("ssh-setup", "demo", "--direct")
     before = (home / ".ssh" / "gatewayd" / "config").read_bytes()
     setup.answer("POST", "/sandboxes/demo/ssh-setup", {"user": "root", "host_keys": [HOST_KEY], "added": []})
-    assert json.loads(run("ssh-setup", "demo").stdout)["keys_added"] == 0
+    assert json.loads(run("ssh-setup", "demo", "--direct").stdout)["keys_added"] == 0
     assert (home / ".ssh" / "gatewayd" / "config").read_bytes() == before
 
 
 def test_print_writes_nothing_here(setup: Daemon, home: Path) -> None:
     before = sorted((home / ".ssh").rglob("*"))
-    shown = run("ssh-setup", "demo", "--print").stdout
+    shown = run("ssh-setup", "demo", "--direct", "--print").stdout
     assert "\nHost sandbox-demo\n" in shown
     assert f"\nsandbox-demo {HOST_KEY}\n" in shown
     assert sorted((home / ".ssh").rglob("*")) == before
 
 
 def test_removing_after_the_sandbox_is_gone(setup: Daemon, home: Path) -> None:
-    run("ssh-setup", "demo")
+    run("ssh-setup", "demo", "--direct")
     setup.error("DELETE", "/sandboxes/demo/ssh-setup", 404, "not_found", "there is no sandbox 'demo'")
     result = run("ssh-setup", "demo", "--remove")
     assert json.loads(result.stdout) == {"host": "sandbox-demo", "removed": True, "keys_removed": 0}
@@ -133,7 +133,7 @@ def test_removing_after_the_sandbox_is_gone(setup: Daemon, home: Path) -> None:
 
 
 def test_removing_while_the_service_is_away(setup: Daemon, home: Path) -> None:
-    run("ssh-setup", "demo")
+    run("ssh-setup", "demo", "--direct")
     setup.error("DELETE", "/sandboxes/demo/ssh-setup", 503, "unavailable", "the service is away")
     result = run("ssh-setup", "demo", "--remove")
     assert (result.exit_code, json.loads(result.stdout)["removed"]) == (0, True)
@@ -159,7 +159,7 @@ def test_removing_what_was_never_set_up(setup: Daemon, home: Path) -> None:
 )
 def test_what_a_sandbox_says_is_checked(setup: Daemon, home: Path, answer: Any) -> None:
     setup.answer("POST", "/sandboxes/demo/ssh-setup", answer)
-    result = run("ssh-setup", "demo")
+    result = run("ssh-setup", "demo", "--direct")
     assert result.exit_code == api.EXIT_CODES["failed"]
     assert "cannot use what the sandbox says" in result.stderr
     assert not (home / ".ssh" / "gatewayd").exists()
@@ -167,5 +167,5 @@ def test_what_a_sandbox_says_is_checked(setup: Daemon, home: Path, answer: Any) 
 
 def test_no_sshd(setup: Daemon) -> None:
     setup.error("POST", "/sandboxes/demo/ssh-setup", 501, "unsupported", "sandbox demo has no sshd")
-    result = run("ssh-setup", "demo")
+    result = run("ssh-setup", "demo", "--direct")
     assert (result.exit_code, result.stderr) == (69, "sandbox: sandbox demo has no sshd\n")

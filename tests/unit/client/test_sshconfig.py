@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from client import atomic
 from client.proxy import Failure
-from client.sshconfig import Entry, Origin, SshConfig
+from client.sshblocks import Entry
+from client.sshconfig import Origin, SshConfig
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIExampleExampleExampleExampleExampleExampleExam"
 needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="OpenSSH is not installed")
@@ -25,6 +27,10 @@ needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="OpenSSH is n
 def entry(name: str = "demo", **changes: object) -> Entry:
     proxy = ["/usr/bin/python3", "-I", "-S", "/opt/gatewayd/client/proxy.py", "--profile", "local", name]
     return Entry(**{"name": name, "user": "root", "host_keys": [KEY], "proxy": proxy, **changes})  # type: ignore[arg-type]  # a test's shorthand
+
+
+def block(files: SshConfig, name: str, **changes: object) -> str:
+    return entry(name, **changes).render(files.known_hosts).decode()
 
 
 def tree(home: Path) -> dict[str, tuple[int, bytes]]:
@@ -46,7 +52,7 @@ def test_the_files(tmp_path: Path) -> None:
     files.add(entry(identity=Path("/home/me/.ssh/id_ed25519"), authorized=["ssh-ed25519 AAAA me"], profile="local"))
     assert files.main.read_text() == "Include ~/.ssh/gatewayd/config\n"
     assert files.config.read_text() == (
-        "# Written by `sandbox ssh-setup`, one block per sandbox; a block is replaced as a whole.\n"
+        "# Written by `sandbox ssh-setup`: what stands between two marks is replaced as a whole.\n"
         "# ssh-config: made with ~/.ssh\n"
         "# begin sandbox-demo\n"
         "# profile: local\n"
@@ -121,7 +127,7 @@ def test_awkward_paths(tmp_path: Path, directory: str) -> None:
             files.add(entry())
         assert not files.ssh.exists()
         main = home / "config"
-        main.write_bytes(files.render(entry(proxy=[str(helper), "a b", "demo"])))
+        main.write_bytes(entry(proxy=[str(helper), "a b", "demo"]).render(files.known_hosts))
     else:
         files.add(entry(proxy=[str(helper), "a b", "demo"]))
         main = files.main
@@ -157,7 +163,7 @@ def test_a_block_is_replaced_where_it_stands(tmp_path: Path) -> None:
     files.config.write_text(text)
     files.add(entry("b", user="me", host_keys=[KEY + "2", KEY + "3"]))
     changed = files.config.read_text()
-    assert changed == text.replace(files.render(entry("b")).decode(), files.render(entry("b", user="me")).decode())
+    assert changed == text.replace(block(files, "b"), block(files, "b", user="me"))
     assert files.known_hosts.read_text() == (f"sandbox-a {KEY}\nsandbox-b {KEY}2\nsandbox-b {KEY}3\nsandbox-c {KEY}\n")
 
 
@@ -175,7 +181,8 @@ def test_a_block_without_an_end_is_not_guessed_at(tmp_path: Path) -> None:
     files.add(entry())
     files.config.write_text(files.config.read_text().replace("# end sandbox-demo\n", ""))
     before = tree(tmp_path)
-    for change in (lambda: files.add(entry()), lambda: files.remove("demo")):
+    changes: list[Callable[[], object]] = [lambda: files.add(entry()), lambda: files.remove("demo")]
+    for change in changes:
         with pytest.raises(Failure, match="has no '# end sandbox-demo' after it"):
             change()
     assert tree(tmp_path) == before
@@ -352,9 +359,9 @@ def test_adding_and_removing_is_exact(content: bytes | None, mode: int, changes:
         for change, name in changes:
             if change == "add":
                 files.add(entry(name))
-                present[name] = files.render(entry(name))
+                present[name] = entry(name).render(files.known_hosts)
             else:
-                assert files.remove(name) == (name in present)
+                assert bool(files.remove(name)) == (name in present)
                 present.pop(name, None)
             if present:
                 text = files.config.read_bytes()
