@@ -8,9 +8,9 @@
 
 With ``--inline`` a copy of the blocks stands in ~/.ssh/config in the place of the line, for programs that know no Include.
 
-Everything is bytes here: what is not ours is kept byte for byte. The header remembers how ~/.ssh/config looked before
-(`Origin`), so that removing the last block restores it exactly. Each change is worked out whole before the first file is written;
-each file is replaced atomically; what a crash leaves behind in between is harmless, and the same command once more completes it.
+Everything is bytes here: what is not ours is kept byte for byte, and removing the last block restores ~/.ssh/config exactly
+(`client.sshorigin`). Each change is worked out whole before the first file is written; each file is replaced atomically; what a
+crash leaves behind in between is harmless, and the same command once more completes it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,13 @@ from pathlib import Path
 from client import atomic, sshblocks, sshtext
 from client.proxy import Failure
 from client.sshblocks import ANY, AUTHORIZED, PROFILE, Entry, Gateway
+from client.sshorigin import HEADER, Origin, body, origin_of, with_origin
 from client.sshtext import unusable
 from gatewayd.api import SSH_PREFIX, ErrorKind
 
 DIRECTORY = "gatewayd"  # below ~/.ssh
 CONFIG_MAX = 4 << 20  # bytes; a larger ssh configuration is none
-HEADER = b"# Written by `sandbox ssh-setup`: what stands between two marks is replaced as a whole.\n"
-ORIGIN = b"# ssh-config: "  # the second line of the header, followed by an Origin
 INLINE = "gatewayd"  # label of the copy in ~/.ssh/config
-
-
-class Origin:
-    """How ~/.ssh/config looked before our line, or our copy, came."""
-
-    ALL = "made with ~/.ssh"  # not even ~/.ssh: remove that, too, when it is empty
-    MADE = "made"  # there was none: remove it when it is empty again
-    ADDED = "added"  # it was there without our line: take the line out
-    PRESENT = "present"  # somebody had written our line: leave it
 
 
 @dataclass(frozen=True)
@@ -205,7 +195,7 @@ class SshConfig:
             new_text, new_known = self._settled(new_text, new_known)
             changes = self._plan(main, text, known, new_text, new_known, inline, fresh)
             if not dry:
-                self._apply(changes, everything=not _body(new_text).strip(), origin=_origin_of(text or b""))
+                self._apply(changes, everything=not body(new_text).strip(), origin=origin_of(text or b""))
         return changes
 
     def _settled(self, text: bytes, known: bytes) -> Texts:
@@ -230,20 +220,20 @@ class SshConfig:
     ) -> list[Change]:
         """The files that change, in the order in which they are written."""
         config_path, known_path, main_path = (Path(os.path.realpath(path)) for path in (self.config, self.known_hosts, self.main))
-        if not _body(new_text).strip():
+        if not body(new_text).strip():
             changes = [
                 # The main file first: a crash after this loses nothing, a crash after the rest would lose the origin.
-                Change(main_path, main, self._restored(main, _origin_of(text or b""))),
+                Change(main_path, main, self._restored(main, origin_of(text or b""))),
                 Change(config_path, text, None),
                 Change(known_path, known, new_known if new_known.strip() else None, 0o600),
             ]
         else:
             origin = self._origin(main, text, fresh)
-            new_text = _with_origin(new_text, origin)
+            new_text = with_origin(new_text, origin)
             changes = [
                 Change(known_path, known, new_known if new_known or known is not None else None, 0o600),
                 Change(config_path, text, new_text, 0o600),
-                Change(main_path, main, self._led(main or b"", _body(new_text), inline, origin)),
+                Change(main_path, main, self._led(main or b"", body(new_text), inline, origin)),
             ]
         return [change for change in changes if change.before != change.after]
 
@@ -281,14 +271,14 @@ class SshConfig:
                     )
         return before, copy, after
 
-    def _led(self, main: bytes, body: bytes, inline: bool | None, origin: str) -> bytes:
+    def _led(self, main: bytes, blocks: bytes, inline: bool | None, origin: str) -> bytes:
         """`main` with what makes ssh read our blocks before its own."""
         before, copy, after = self._inlined(main)
         if inline or (inline is None and copy):
             if not copy:
                 before, after = b"", self._unlinked(main, origin)
             # The last line opens a section for every host again: what follows stood outside of all sections.
-            return before + sshtext.marked(INLINE, HEADER + body + b"Host *\n") + after
+            return before + sshtext.marked(INLINE, HEADER + blocks + b"Host *\n") + after
         main = before + after
         return main if sshtext.includes(main, self.include) else self.include + main
 
@@ -308,7 +298,7 @@ class SshConfig:
 
     def _origin(self, main: bytes | None, text: bytes | None, fresh: bool) -> str:
         """What the header shall say: once recorded it stays, unless our line has gone meanwhile."""
-        recorded = _origin_of(text) if text else ""
+        recorded = origin_of(text) if text else ""
         if fresh:
             return Origin.ALL
         if main is None:
@@ -379,26 +369,3 @@ def _is_gateway(host: str) -> bool:
 
 def _forget(known: bytes, name: str) -> bytes:
     return sshtext.with_hosts(known, lambda host: host == SSH_PREFIX + name, b"")
-
-
-def _is_header(line: bytes) -> bool:
-    return line.rstrip() == HEADER.rstrip() or line.startswith(ORIGIN)
-
-
-def _body(text: bytes) -> bytes:
-    """`text` without the header."""
-    return b"".join(line for _, line in sshtext.lines(text) if not _is_header(line))
-
-
-def _origin_of(text: bytes) -> str:
-    return next(iter(sshtext.notes(text, ORIGIN)), Origin.ADDED)
-
-
-def _with_origin(text: bytes, origin: str) -> bytes:
-    """`text` with a header that says `origin`; the rest stays as it is."""
-    line = ORIGIN + origin.encode() + b"\n"
-    found = [(start, old) for start, old in sshtext.lines(text) if old.startswith(ORIGIN)]
-    if not found:
-        return HEADER + line + text
-    start, old = found[0]
-    return text[:start] + line + text[start + len(old) :]

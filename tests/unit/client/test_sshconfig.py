@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from client import atomic
 from client.proxy import Failure
 from client.sshblocks import Entry
-from client.sshconfig import Origin, SshConfig
+from client.sshconfig import SshConfig
+from client.sshorigin import Origin
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIExampleExampleExampleExampleExampleExampleExam"
 needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="OpenSSH is not installed")

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from client import atomic, sshtext
 from client.proxy import Failure
 from client.sshblocks import Gateway
-from client.sshconfig import Change, Origin, SshConfig
+from client.sshconfig import Change, SshConfig
+from client.sshorigin import Origin
 
 from .test_sshconfig import asked, contents, entry, tree
 from .test_sshgateway import GATEWAY_KEY, HELPER, all_of, put
