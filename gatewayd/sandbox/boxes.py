@@ -72,6 +72,24 @@ class Directory:
         self._places.pop((account.key, sandbox), None)
 
 
+async def require_running(rest: RestClient, sandbox: str) -> None:
+    """Ask for the status, which starts nothing.
+
+    Raises:
+        GatewayError: kind stopped; failed, when it will not run any more; or why the status is not known.
+    """
+    answer = await rest.status(sandbox)
+    status = answer.get("status")
+    if status in ("failed", "deleting"):
+        raise _wrong_state(sandbox, answer)
+    if status not in ("ready", "provisioning"):
+        raise GatewayError(
+            f"sandbox {sandbox!r} is {printable(status, 32)}",
+            kind=ErrorKind.STOPPED,
+            hint=f"`sandbox start {sandbox}` starts it",
+        )
+
+
 def data_plane(box: dict[str, Any], profile: Profile, sandbox: str) -> str:
     """The checked ``dataplane_url`` of a sandbox. Raises GatewayError."""
     what = f"cannot reach sandbox {sandbox!r}"

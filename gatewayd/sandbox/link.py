@@ -120,6 +120,7 @@ class WebSocketTransport:
     """A WebSocket as the `MessageTransport` of a `Mux`."""
 
     def __init__(self, websocket: ClientConnection) -> None:
+        self.close_code = 0  # what the peer's close frame said; 0 before it and without one
         self._websocket = websocket
 
     async def send(self, data: bytes) -> None:
@@ -134,12 +135,18 @@ class WebSocketTransport:
         try:
             data = await self._websocket.recv()
         except ConnectionClosedOK as exc:
+            self._ended(exc)
             raise EOFError from exc
         except ConnectionClosed as exc:
+            self._ended(exc)
             raise _lost(exc) from exc
         if isinstance(data, str):
             raise GatewayError("the service sent text on a tunnel", kind=ErrorKind.UNAVAILABLE)
         return data
+
+    def _ended(self, exc: ConnectionClosed) -> None:
+        if exc.rcvd is not None and exc.rcvd_then_sent:
+            self.close_code = exc.rcvd.code
 
     async def close(self) -> None:
         """Idempotent; waits for the peer's close frame at most the close timeout."""
@@ -149,17 +156,19 @@ class WebSocketTransport:
 class Link:
     """A live connection to one sandbox: any number of streams. Ends once and is then replaced, never revived."""
 
-    def __init__(self, mux: Mux, sandbox: str) -> None:
+    def __init__(self, mux: Mux, sandbox: str, transport: WebSocketTransport | None = None) -> None:
         self.sandbox = sandbox  # its name, for messages
         self.connected_at = time.time()  # Unix time
         self._mux = mux
+        self._transport = transport  # None where it is no WebSocket
         self._tasks = TaskOwner(f"link {sandbox}")
 
     @classmethod
     async def open(cls, target: Target, config: SessionConfig | None = None) -> Link:
         """Dial. Raises GatewayError; nothing is left open then."""
         websocket = await open_websocket(target)
-        link = cls(Mux(WebSocketTransport(websocket), client=True, name=target.sandbox, config=config), target.sandbox)
+        transport = WebSocketTransport(websocket)
+        link = cls(Mux(transport, client=True, name=target.sandbox, config=config), target.sandbox, transport)
         link._tasks.start(link._mux.run(), "mux")
         return link
 
@@ -167,6 +176,11 @@ class Link:
     def closed(self) -> bool:
         """Whether no stream can be opened any more."""
         return self._mux.closed
+
+    @property
+    def close_code(self) -> int:
+        """With what WebSocket close code the service ended it; 0 when it did not, or without one."""
+        return self._transport.close_code if self._transport is not None else 0
 
     @property
     def streams(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError, MuxClosed, ServiceRefused, StreamReset
 from gatewayd.sandbox.accounts import Account
-from gatewayd.sandbox.boxes import Directory, Notice
+from gatewayd.sandbox.boxes import Directory, Notice, require_running
 from gatewayd.sandbox.failures import TRANSIENT
 from gatewayd.sandbox.link import Link, Target
 from gatewayd.sandbox.rest_client import backoff
@@ -31,6 +31,9 @@ FIRST_TRIES = 3  # dials for the first demand that fails; one for each demand af
 BACKOFF_BASE = 0.25  # seconds
 BACKOFF_MAX = 5.0  # a user who tries again waits no longer than this
 RETRY_AFTER_MAX = 10.0  # of what a service asks for
+SETTLE = 5.0  # seconds after a goodbye of the service in which "ready" may mean "about to stop"
+SETTLE_POLL = 0.2  # seconds between questions in that time
+CLOSED_NORMALLY = 1000  # WebSocket close code of a sandbox that stops; a service that reloads says 1001
 FAILURE_MEMORY = 60.0  # seconds after which a failed sandbox starts afresh
 
 
@@ -42,6 +45,9 @@ class _Entry:
         self.sandbox = sandbox
         self.link: Link | None = None  # the live one; None before it is up and after it is lost
         self.dialling: SingleFlight[Link] = SingleFlight(owner, f"dial {sandbox}")  # the dial that everybody waits for
+        self.checking: SingleFlight[None] = SingleFlight(owner, f"check {sandbox}")  # the question for its status
+        self.goodbye = -SETTLE  # monotonic time when the service closed a link in order, and not to reload
+        self.noted: Link | None = None  # the link that `goodbye` is about
         self.dials = 0  # streams being opened: the link is not idle
         self.notices: set[Notice] = set()  # of the waiters
         self.failures = 0  # dials in a row that failed
@@ -69,42 +75,51 @@ class Pool:
         self._sweeper: asyncio.Task[None] | None = None  # runs while there are entries
         self._closed = False  # set by aclose
 
-    async def dial(self, account: Account, sandbox: str, port: int, notice: Notice | None = None) -> MuxStream:
+    async def dial(
+        self, account: Account, sandbox: str, port: int, notice: Notice | None = None, *, wake: bool = True
+    ) -> MuxStream:
         """A stream connected to `port` inside `sandbox`.
 
-        A stopped sandbox is started by this. A link that breaks before the stream is connected is replaced once.
+        A link that breaks before the stream is connected is replaced once.
 
         Args:
             notice: is told what takes long.
+            wake: whether a stopped sandbox is started by this.
 
         Raises:
             DialRefused: nothing listens on that port.
-            GatewayError: anything else.
+            GatewayError: anything else; kind stopped, when the sandbox does not run and is not to be started.
         """
         entry = self._entry(account, sandbox)
         entry.dials += 1
         try:
-            link = await self._demand(entry, notice)
+            link = await self._demand(entry, notice, wake)
             try:
                 return await link.dial(port)
             except (MuxClosed, StreamReset) as exc:
                 log.info("link %s broke while connecting to port %d: %s; dialling again", sandbox, port, exc.message)
                 if isinstance(exc, MuxClosed) and not link.closed:  # it is dead and does not know it yet
                     self._drop(entry, link)
-            return await (await self._demand(entry, notice)).dial(port)
+            return await (await self._demand(entry, notice, wake)).dial(port)
         finally:
             entry.dials -= 1
             entry.used = time.monotonic()
 
-    async def warm(self, account: Account, sandbox: str, notice: Notice | None = None) -> None:
-        """Make sure that the link is up: what would fail at the first connection fails now. Raises GatewayError."""
+    async def warm(self, account: Account, sandbox: str, notice: Notice | None = None, *, wake: bool = True) -> None:
+        """Make sure that the link is up: what would fail at the first connection fails now. Raises GatewayError, as `dial`."""
         entry = self._entry(account, sandbox)
         entry.dials += 1
         try:
-            await self._demand(entry, notice)
+            await self._demand(entry, notice, wake)
         finally:
             entry.dials -= 1
             entry.used = time.monotonic()
+
+    async def check(self, account: Account, sandbox: str) -> None:
+        """Make sure that the sandbox runs, and start nothing. Raises GatewayError, as `boxes.require_running`."""
+        entry = self._entry(account, sandbox)
+        if entry.link is None or entry.link.closed:
+            await self._check(entry)
 
     async def forget(self, account: Account, sandbox: str) -> None:
         """The sandbox was stopped, renamed or deleted: end its link and look it up again next time."""
@@ -138,10 +153,12 @@ class Pool:
                 self._sweeper = self._tasks.start(self._sweep(), "sweep")
         return entry
 
-    async def _demand(self, entry: _Entry, notice: Notice | None) -> Link:
+    async def _demand(self, entry: _Entry, notice: Notice | None, wake: bool) -> Link:
         """The live link; dials if there is none, together with everybody else who wants it."""
         if entry.link is not None and not entry.link.closed:
             return entry.link
+        if not wake:
+            await self._check(entry)
         if notice is not None:
             entry.notices.add(notice)
         try:
@@ -151,6 +168,28 @@ class Pool:
         finally:
             if notice is not None:
                 entry.notices.discard(notice)
+
+    async def _check(self, entry: _Entry) -> None:
+        """Ask once for everybody who wants to know."""
+        try:
+            await entry.checking.join(lambda: self._require_running(entry))
+        except RuntimeError as exc:
+            raise _stopping() from exc
+
+    async def _require_running(self, entry: _Entry) -> None:
+        """A service that said goodbye is most likely stopping the sandbox, and tells its status when that is done."""
+        if entry.link is not None:
+            self._note_goodbye(entry, entry.link)
+        while True:
+            await require_running(entry.account.rest, entry.sandbox)
+            left = entry.goodbye + SETTLE - time.monotonic()
+            if left <= 0:
+                return
+            await asyncio.sleep(min(SETTLE_POLL, left))
+
+    def _note_goodbye(self, entry: _Entry, link: Link) -> None:
+        if link.closed and link.close_code == CLOSED_NORMALLY and link is not entry.noted:
+            entry.noted, entry.goodbye = link, time.monotonic()
 
     async def _connect(self, entry: _Entry) -> Link:
         """Dial, a few times if that may help."""
@@ -201,6 +240,7 @@ class Pool:
         """Takes note when the link has ended."""
         await link.wait_closed()
         if entry.link is link:
+            self._note_goodbye(entry, link)
             entry.link = None
         error = link.mux.error
         entry.last_error = getattr(error, "message", "") or ("" if error is None else type(error).__name__)

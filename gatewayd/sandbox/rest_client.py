@@ -112,6 +112,15 @@ class RestClient:
             await self.call("POST", url, action=action, sandbox=sandbox, body=body, retry=True, deadline=deadline), action
         )
 
+    async def upload(
+        self, dataplane_url: str, path: str, content: bytes, *, action: str, sandbox: str, deadline: float
+    ) -> None:
+        """POST /upload on the data plane: a small file, whole; retried, since writing it twice is writing it once."""
+        url = f"{dataplane_url.rstrip('/')}/upload"
+        await self.call(
+            "POST", url, action=action, sandbox=sandbox, file=content, params={"path": path}, retry=True, deadline=deadline
+        )
+
     async def call(
         self,
         method: str,
@@ -120,6 +129,7 @@ class RestClient:
         action: str,
         sandbox: str = "",
         body: Mapping[str, Any] | None = None,
+        file: bytes | None = None,
         params: Mapping[str, str | int] | None = None,
         retry: bool | None = None,
         deadline: float = 30.0,
@@ -130,6 +140,7 @@ class RestClient:
             path: below the endpoint, or a whole URL.
             action: as in "cannot ACTION: …".
             sandbox: its name, if a 404 means that there is none.
+            file: sent as multipart/form-data, part ``file``, instead of a JSON body.
             retry: whether the request may be sent twice; None: GET and DELETE may.
             deadline: seconds for everything, retries included.
 
@@ -145,7 +156,7 @@ class RestClient:
                         profile = await self._access.current()
                     url = path if path.startswith(("http://", "https://")) else profile.endpoint + path
                     try:
-                        return await self._attempt(method, url, profile, action, sandbox, body, params)
+                        return await self._attempt(method, url, profile, action, sandbox, body, file, params)
                     except ServiceRefused as exc:
                         delay = _delay_after(exc, attempt, repeatable)
                         if attempt and method == "DELETE" and exc.status == 404:
@@ -173,12 +184,15 @@ class RestClient:
         action: str,
         sandbox: str,
         body: Mapping[str, Any] | None,
+        file: bytes | None,
         params: Mapping[str, str | int] | None,
     ) -> Any:
         """Raises ServiceRefused, GatewayError or httpx2.TransportError."""
         client = self._client(url, profile)
+        files = {"file": ("file", file)} if file is not None else None
+        headers = profile.headers()
         try:
-            async with client.stream(method, url, json=body, params=params, headers=profile.headers()) as response:
+            async with client.stream(method, url, json=body, files=files, params=params, headers=headers) as response:
                 content = await _read(response, action)
         except httpx2.InvalidURL as exc:
             raise GatewayError(f"cannot {action}: the service names an invalid URL", kind=ErrorKind.UNAVAILABLE) from exc
