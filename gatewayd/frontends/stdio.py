@@ -13,6 +13,7 @@ from gatewayd.errors import DialRefused, GatewayError, printable
 from gatewayd.frontends.execution import serve_exec
 from gatewayd.frontends.fields import Fields
 from gatewayd.frontends.peer import CancelOnHangup, Client, HungUp, peer_is_self
+from gatewayd.frontends.suggest import hint_nearest
 from gatewayd.frontends.tcp import Forwards
 from gatewayd.relay import ByteStream, relay
 from gatewayd.sandbox import sshd
@@ -103,6 +104,13 @@ class ConnectServer:
         if not sandbox:
             raise GatewayError("sandbox is empty", kind=ErrorKind.USAGE)
         account = self._accounts.select(caller_of(request))
+        try:
+            await self._perform(op, client, account, sandbox, request)
+        except GatewayError as exc:
+            await hint_nearest(exc, account, sandbox)
+            raise
+
+    async def _perform(self, op: str, client: Client, account: Account, sandbox: str, request: Fields) -> None:
         if op == api.OP_CONNECT:
             port = request.port("port")
             with CancelOnHangup(client.sock):

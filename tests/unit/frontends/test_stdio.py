@@ -11,7 +11,7 @@ import pytest
 from gatewayd import api
 from gatewayd.frontends import stdio
 from gatewayd.yamux.aio import MuxStream
-from tests.unit.fakeservice import KEY, FakeService, echo, until
+from tests.unit.fakeservice import KEY, Answer, FakeService, echo, until
 from tests.unit.frontends.caller import Caller
 from tests.unit.parts import Parts
 
@@ -69,6 +69,20 @@ async def test_nothing_listens(caller: Caller) -> None:
 async def test_an_unknown_sandbox(caller: Caller) -> None:
     kind, message, _ = await failure(caller, op="connect", sandbox="nope", port=9)
     assert (kind, message) == ("not_found", "cannot get sandbox 'nope': no sandbox named 'nope' (profile env)")
+
+
+async def test_an_unknown_sandbox_gets_the_nearest_name(caller: Caller, service: FakeService) -> None:
+    service.add_box("staging")
+    assert (await failure(caller, op="ssh", sandbox="stagign"))[2] == "did you mean 'staging'?"
+
+
+async def test_an_unknown_sandbox_unlike_any_other(caller: Caller) -> None:
+    assert (await failure(caller, op="ssh", sandbox="nope"))[2] == "`sandbox list` shows those there are"
+
+
+async def test_an_unknown_sandbox_and_a_service_that_breaks(caller: Caller, service: FakeService) -> None:
+    service.answers.extend([Answer(404, {"detail": {"error": "NotFound", "message": "gone"}}), Answer(400, {})])
+    assert (await failure(caller, op="ssh", sandbox="nope"))[::2] == ("not_found", "")
 
 
 @pytest.mark.parametrize(
