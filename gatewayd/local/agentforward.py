@@ -21,6 +21,7 @@ from gatewayd.local.runtime.base import Box, RuntimeFailure, UnixListener
 
 VARIABLE = "SSH_AUTH_SOCK"  # where ssh-add(1) and all others look for an agent's socket
 MAX_CHANNELS = 32  # of one client at the same time
+FIRST_CLIENT = 30.0  # seconds that connections wait for the client that starts the command: the command may be faster than it
 MAX_DATA = 256 * 1024 + 4  # bytes of one message: OpenSSH's longest, with its length before it
 
 
@@ -144,8 +145,9 @@ class AgentForward:
     def __init__(self) -> None:
         self._listener: UnixListener | None = None  # set by open
         self._clients: list[AgentClient] = []  # attached; the last one is asked
+        self._early: list[socket.socket] | None = []  # connections before the first client; None once they wait no more
+        self._waiting: asyncio.TimerHandle | None = None  # runs until then, from open on
         self._serial = 0  # the last channel's id; never used twice
-        self._closed = False  # set by close
 
     async def open(self, box: Box, user: str | None) -> str:
         """Make the socket, the user's alone; returns its path inside. Raises RuntimeFailure."""
@@ -156,12 +158,14 @@ class AgentForward:
             raise RuntimeFailure(f"no socket for the SSH agent: {exc.strerror or exc}{place}") from exc
         except RuntimeFailure as exc:
             raise RuntimeFailure(f"no socket for the SSH agent: {exc}") from exc
+        self._waiting = asyncio.get_running_loop().call_later(FIRST_CLIENT, self._wait_no_more)
         return self._listener.path
 
     def attach(self) -> AgentClient:
         """A client whose agent answers from now on, instead of those before it. Close it when it goes."""
         client = AgentClient(self)
         self._clients.append(client)
+        self._wait_no_more()
         return client
 
     def detach(self, client: AgentClient) -> None:
@@ -170,17 +174,27 @@ class AgentForward:
             self._clients.remove(client)
 
     def _connected(self, sock: socket.socket) -> None:
-        if self._closed or not self._clients:
+        if self._early is not None and len(self._early) < MAX_CHANNELS:
+            self._early.append(sock)
+        elif self._clients:
+            self._serial += 1
+            self._clients[-1].connected(str(self._serial), sock)
+        else:
             sock.close()
-            return
-        self._serial += 1
-        self._clients[-1].connected(str(self._serial), sock)
+
+    def _wait_no_more(self) -> None:
+        """The first client is there, or will not come: deal with the connections made before; idempotent."""
+        early, self._early = self._early or [], None
+        if self._waiting is not None:
+            self._waiting.cancel()
+        for sock in early:
+            self._connected(sock)
 
     def close(self) -> None:
         """End every channel, and have the socket removed; idempotent."""
-        self._closed = True
         for client in list(self._clients):
             client.close()
+        self._wait_no_more()
         if self._listener is not None:
             self._listener.close()
 

@@ -112,7 +112,7 @@ def test_channels_do_not_mix(attach: Attach) -> None:
     script = "for i in 1 2 3 4 5 6 7 8; do ssh-add -l & done; wait"
     with attach(command=script) as client:
         assert client.finish() == 0
-    assert client.output.count("held outside") == 8
+    assert client.output.count("held outside") == 8, (client.output, client.seen)
     assert len({message["channel_id"] for message in client.seen}) == 8
 
 
@@ -149,17 +149,13 @@ def test_a_half_close_still_gets_its_answer(attach: Attach) -> None:
 
 
 def test_a_number_names_a_channel_too(attach: Attach) -> None:
-    with attach(command="ssh-add -l", answering=False) as client:
-        asked = client.until("ssh_agent_data")
-        channel = int(asked["channel_id"])
-        while client.seen:  # whatever ssh-add asks: an extension first, with newer versions
-            client.seen.clear()
-            answer = EMPTY if asked["data"] == LIST else bytes([0, 0, 0, 1, 5])  # SSH_AGENT_FAILURE
-            client.send(type="ssh_agent_data", channel_id=channel, data=base64.b64encode(answer).decode())
-            if asked["data"] != LIST:
-                asked = client.until("ssh_agent_data")
-        assert client.finish() == 1
-    assert "no identities" in client.output
+    with attach(command=f"python3 -c '{HOLD}'", answering=False) as client:
+        client.send(type="input", data="\n")
+        channel = int(client.until("ssh_agent_data")["channel_id"])
+        client.send(type="ssh_agent_data", channel_id=channel, data=base64.b64encode(EMPTY).decode())
+        client.until_output("answer of 5\n")
+        client.send(type="close_stdin")
+        assert client.finish() == 0
 
 
 @pytest.mark.parametrize("data", ["!!!!", "AAA", "é===", 7, None, ["AAAA"], "A" * 400_000], ids=lambda data: repr(data)[:12])

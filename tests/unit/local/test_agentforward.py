@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gatewayd.local import agentchannel
+from gatewayd.local import agentchannel, agentforward
 from gatewayd.local.agentforward import MAX_CHANNELS, MAX_DATA, AgentClient, AgentForward, AgentMessage, decoded
 from gatewayd.local.runtime.base import RuntimeFailure
 
@@ -217,7 +217,6 @@ async def test_places_are_free_again_when_the_client_knows(box: Listening, forwa
 
 
 async def test_clients_come_and_go(box: Listening, forward: AgentForward) -> None:
-    assert await read(box.connect()) == b""  # nobody is there
     first = forward.attach()
     program = box.connect()
     program.send(b"for the first")
@@ -239,6 +238,33 @@ async def test_clients_come_and_go(box: Listening, forward: AgentForward) -> Non
     second.connected("9", (pair := socket.socketpair())[0])  # too late
     assert pair[0].fileno() == -1
     pair[1].close()
+
+
+async def test_a_command_faster_than_its_client(box: Listening, forward: AgentForward) -> None:
+    programs = [box.connect() for _ in range(MAX_CHANNELS)]
+    assert await read(box.connect()) == b""  # more do not wait
+    programs[0].send(b"question")
+    client = forward.attach()
+    assert await get(client) == AgentMessage("1", b"question")
+    for program in programs:
+        program.close()
+    client.close()
+    assert await read(box.connect()) == b""  # it was there
+
+
+async def test_a_first_client_that_never_comes(box: Listening, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agentforward, "FIRST_CLIENT", 0.05)
+    forward = AgentForward()
+    await forward.open(box, None)  # type: ignore[arg-type]  # a part of a box
+    assert await read(box.connect()) == b""
+    assert await read(box.connect()) == b""
+    forward.close()
+
+
+async def test_a_command_that_ends_before_its_client_comes(box: Listening, forward: AgentForward) -> None:
+    program = box.connect()
+    forward.close()
+    assert await read(program) == b""
 
 
 async def test_the_end_of_the_command(box: Listening, forward: AgentForward) -> None:
