@@ -39,6 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Service:
     """``gatewayd local`` in a process of its own."""
 
+    options: tuple[str, ...] = ("-X", "dev")  # of its Python
+
     def __init__(self, state_dir: Path, *args: str, wrapper: Sequence[str] = ()) -> None:
         self.state_dir = state_dir
         self.log = state_dir.parent / f"{state_dir.name}.log"
@@ -46,8 +48,7 @@ class Service:
         command = [
             *wrapper,
             sys.executable,
-            "-X",
-            "dev",
+            *self.options,
             "-m",
             "gatewayd",
             "local",

@@ -286,7 +286,7 @@ def test_what_this_service_has_not_is_answered_in_the_same_shape(service: Servic
             assert answer.json()["detail"]["error_id"] in service.text()
         assert http.put(f"{prefix}/boxes").headers["allow"] == "GET, POST"
         assert http.post(box).headers["allow"] == "GET, PATCH, DELETE"
-        page = {"registries": [], "items": [], "next_cursor": None, "offset": 0}
+        page: dict[str, Any] = {"registries": [], "items": [], "next_cursor": None, "offset": 0}
         assert http.get(f"{prefix}/registries").json() == page
         assert http.get(f"{box}/service-urls").json() == {"items": [], "next_cursor": None}
         assert http.get(secrets).json() == []
