@@ -183,7 +183,10 @@ def test_tasks_are_created_in_one_place() -> None:
     assert guilty == []
 
 
+# What must be larger, and why.
+LARGE = {"gatewayd.guest.guest": 3000}  # one file by nature: it is put into sandboxes that have nothing but Python
+
+
 def test_files_stay_small() -> None:
     lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
-    del lines["gatewayd.guest.guest"]  # one file, since it is uploaded as one
-    assert {module: count for module, count in lines.items() if count > 600} == {}
+    assert {module: count for module, count in lines.items() if count > LARGE.get(module, 600)} == {}
