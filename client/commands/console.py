@@ -11,7 +11,6 @@ from client.guestchannel import Channel
 from client.params import Duration, Name, Pair
 from client.proxy import Failure
 from client.terminal import Terminal
-from gatewayd.api import ErrorKind
 from gatewayd.guest.wire import LINGER_MAX
 
 
