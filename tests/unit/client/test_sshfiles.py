@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from client.sshorigin import Origin
 from .test_sshconfig import asked, contents, entry, tree
 from .test_sshgateway import GATEWAY_KEY, HELPER, all_of, put
 
+NOBODY = 65534  # user id
 MARKS = "# begin gatewayd\n", "# end gatewayd\n"
 
 
@@ -235,18 +236,39 @@ def test_something_else_in_our_place(tmp_path: Path) -> None:
     assert tree(tmp_path).keys() == {".ssh/gatewayd"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
-    files = SshConfig(tmp_path)
+@pytest.fixture
+def as_user() -> Iterator[Path]:
+    """A home directory of a user for whom permissions count, who we are meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="gw-") as directory:
+        home, root = Path(directory), os.geteuid() == 0
+        if root:
+            os.chown(home, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        try:
+            yield home
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+def test_a_directory_that_cannot_be_written(as_user: Path) -> None:
+    files = SshConfig(as_user)
     files.ssh.mkdir()
     files.main.write_bytes(b"Host x\n")
     files.ssh.chmod(0o500)
-    try:
-        with pytest.raises(Failure, match="cannot change"):
-            put(files, "web")
-        assert list(files.ssh.iterdir()) == [files.main]
-    finally:
-        files.ssh.chmod(0o700)
+    with pytest.raises(Failure, match=r"cannot change .*Permission denied"):
+        put(files, "web")
+    assert list(files.ssh.iterdir()) == [files.main]
+    files.ssh.chmod(0o700)
+    put(files, "web")
+    files.main.chmod(0)
+    before = files.config.read_bytes()
+    with pytest.raises(Failure, match=r"cannot read .*Permission denied"):
+        put(files, "web", "db")
+    files.main.chmod(0o400)  # it can be replaced, and stays as it was otherwise
+    files.remove_all()
+    assert (files.main.read_bytes(), files.main.stat().st_mode & 0o777) == (b"Host x\n", 0o400)
+    assert before.count(b"Host sandbox-web\n") == 1
 
 
 def test_a_second_writer_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import asyncssh
 import pytest
 
 from client.sshblocks import LISTED_MAX, Gateway, gateway_options
@@ -108,6 +109,21 @@ def test_ssh_understands_it(tmp_path: Path, inline: bool) -> None:
     assert asked(files, "example.com") == plain
     other = "sandboxes.example.com"
     assert asked(files, other) == {**plain, "host": other, "hostname": other}
+
+
+def test_another_program_reads_the_same(tmp_path: Path) -> None:
+    """One with a parser of its own, which knows fewer tokens than ssh."""
+    files = SshConfig(tmp_path, tilde=False)
+    put(files, "web")
+    files.add(entry("own"))
+    put(files, profile="work")
+    for host, user, words in (
+        ("sandbox-web", "sandbox", [*HELPER, "--profile", "local", "sandbox-web"]),
+        ("sandbox-new", "sandbox", [*HELPER, "--profile", "work", "sandbox-new"]),
+        ("sandbox-own", "root", [*HELPER, "--profile", "local", "own"]),
+    ):
+        options = asyncssh.SSHClientConnectionOptions(config=str(files.main), host=host)
+        assert (options.username, list(options.proxy_command or ())) == (user, words)
 
 
 @needs_ssh
