@@ -27,6 +27,7 @@ from gatewayd.frontends.tcp import Forwards
 from gatewayd.sandbox.accounts import Accounts
 from gatewayd.sandbox.boxes import Directory
 from gatewayd.sandbox.embedded import Embedded
+from gatewayd.sandbox.guest_client import Guests
 from gatewayd.sandbox.pool import Pool
 
 log = logging.getLogger("gatewayd")
@@ -198,10 +199,18 @@ class Daemon:
         self._accounts = Accounts(settings, self._embedded)
         self._directory = Directory()
         self._pool = Pool(self._directory)
-        self._forwards = Forwards(self._pool)
-        self._connect = ConnectServer(self._accounts, self._directory, self._pool, self._forwards)
+        self._guests = Guests(self._directory, self._pool)
+        self._forwards = Forwards(self._pool, self._guests)
+        self._connect = ConnectServer(settings, self._accounts, self._directory, self._pool, self._forwards, self._guests)
         services = Services(
-            settings, self._accounts, self._directory, self._pool, self._forwards, self._embedded, stop=self._shutdown_requested
+            settings,
+            self._accounts,
+            self._directory,
+            self._pool,
+            self._forwards,
+            self._embedded,
+            stop=self._shutdown_requested,
+            carrier=self._guests.carrier,
         )
         self._control = ControlServer(services)
 
@@ -228,6 +237,7 @@ class Daemon:
         steps = [
             ("connect.sock", self._connect.aclose()),
             ("forwards", self._forwards.aclose()),
+            ("guests", self._guests.aclose()),
             ("links", self._pool.aclose()),
             ("control.sock", self._control.aclose()),
         ]

@@ -46,6 +46,8 @@ ALLOWED: dict[str, set[str]] = {
         "gatewayd.fdpass",
         "gatewayd.tasks",
         "gatewayd.config",
+        "gatewayd.guest",
+        "gatewayd.guest.wire",
         "gatewayd.relay",
         "gatewayd.sandbox",
     },

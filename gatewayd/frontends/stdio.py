@@ -8,10 +8,11 @@ import socket
 
 from gatewayd import api
 from gatewayd.api import ErrorKind
-from gatewayd.config import Caller
+from gatewayd.config import Caller, Settings
 from gatewayd.errors import DialRefused, GatewayError, printable
 from gatewayd.frontends.execution import serve_exec
 from gatewayd.frontends.fields import Fields
+from gatewayd.frontends.guest import may_wake, serve_guest
 from gatewayd.frontends.peer import CancelOnHangup, Client, HungUp, peer_is_self
 from gatewayd.frontends.suggest import hint_nearest
 from gatewayd.frontends.tcp import Forwards
@@ -19,6 +20,7 @@ from gatewayd.relay import ByteStream, relay
 from gatewayd.sandbox import sshd
 from gatewayd.sandbox.accounts import Account, Accounts
 from gatewayd.sandbox.boxes import Directory, Notice
+from gatewayd.sandbox.guest_client import Guests
 from gatewayd.sandbox.pool import Pool
 from gatewayd.tasks import TaskOwner
 
@@ -31,11 +33,15 @@ REPLY_DEADLINE = 10.0  # seconds a client has to take a reply line
 class ConnectServer:
     """Serves connect.sock from `start` to `aclose`."""
 
-    def __init__(self, accounts: Accounts, directory: Directory, pool: Pool, forwards: Forwards) -> None:
+    def __init__(
+        self, settings: Settings, accounts: Accounts, directory: Directory, pool: Pool, forwards: Forwards, guests: Guests
+    ) -> None:
+        self._settings = settings
         self._accounts = accounts
         self._directory = directory
         self._pool = pool
         self._forwards = forwards
+        self._guests = guests
         self._tasks = TaskOwner("connect")
 
     def start(self, listener: socket.socket) -> None:
@@ -111,27 +117,33 @@ class ConnectServer:
             raise
 
     async def _perform(self, op: str, client: Client, account: Account, sandbox: str, request: Fields) -> None:
+        wake = may_wake(request, self._settings.current().start_on_connect)
         if op == api.OP_CONNECT:
             port = request.port("port")
             with CancelOnHangup(client.sock):
-                remote: ByteStream = await self._pool.dial(account, sandbox, port, _notices(client))
+                remote: ByteStream = await self._pool.dial(account, sandbox, port, _notices(client), wake=wake)
             await self._join(client, remote, sandbox, port)
         elif op == api.OP_SSH:
             with CancelOnHangup(client.sock):
-                remote = await self._dial_sshd(account, sandbox, client)
+                remote = await self._dial_sshd(account, sandbox, client, wake)
             await self._join(client, remote, sandbox, sshd.PORT)
         elif op == api.OP_FORWARD:
-            await self._forward(client, account, sandbox, request)
+            await self._forward(client, account, sandbox, request, wake)
+        elif op == api.OP_GUEST:
+            await serve_guest(client, account, self._guests, sandbox, request, _notices(client), wake=wake)
         elif op == api.OP_EXEC:
+            if not wake:
+                await self._pool.check(account, sandbox)
             await serve_exec(client, account, self._directory, sandbox, request, _notices(client))
         else:
-            raise GatewayError(f"unknown op {printable(op, 32)!r}", kind=ErrorKind.USAGE, hint="connect, ssh, forward or exec")
+            hint = "connect, ssh, forward, guest or exec"
+            raise GatewayError(f"unknown op {printable(op, 32)!r}", kind=ErrorKind.USAGE, hint=hint)
 
-    async def _dial_sshd(self, account: Account, sandbox: str, client: Client) -> ByteStream:
+    async def _dial_sshd(self, account: Account, sandbox: str, client: Client, wake: bool) -> ByteStream:
         """Port 22; sshd is started when it does not listen, so that ssh works after a stop and start."""
         notice = _notices(client)
         try:
-            return await self._pool.dial(account, sandbox, sshd.PORT, notice)
+            return await self._pool.dial(account, sandbox, sshd.PORT, notice, wake=wake)
         except DialRefused:
             notice(f"starting sshd in sandbox {sandbox!r}")
         await sshd.ensure_running(account, self._directory, sandbox)
@@ -149,8 +161,9 @@ class ConnectServer:
         because = "" if result.error is None else f": {result.error}"
         log.info("connect %s:%d closed, %d bytes sent, %d bytes received%s", sandbox, port, result.a_to_b, result.b_to_a, because)
 
-    async def _forward(self, client: Client, account: Account, sandbox: str, request: Fields) -> None:
+    async def _forward(self, client: Client, account: Account, sandbox: str, request: Fields, wake: bool) -> None:
         """A forward that lives as long as the client's connection."""
+        resumable = request.flag("resumable")
         remote_port = request.port("remote_port")
         local_port = request.port("local_port", 0, least=0)
         address = request.text("address", "127.0.0.1")
@@ -159,8 +172,12 @@ class ConnectServer:
             client.post({"event": event, "peer": peer, "message": message})
 
         with CancelOnHangup(client.sock):
-            await self._pool.warm(account, sandbox, _notices(client))
-        forward = await self._forwards.open(account, sandbox, remote_port, address, local_port, report)
+            if resumable:
+                await self._guests.ready(account, sandbox, _notices(client), wake=wake)
+            await self._pool.warm(account, sandbox, _notices(client), wake=wake)
+        forward = await self._forwards.open(
+            account, sandbox, remote_port, address, local_port, report, resumable=resumable, wake=wake
+        )
         try:
             await client.send({"ok": {"address": forward.address, "port": forward.port}})
             while await client.read():

@@ -8,15 +8,16 @@ import ipaddress
 import itertools
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError
 from gatewayd.frontends.peer import CancelOnHangup, HungUp
 from gatewayd.frontends.portowner import port_owner
-from gatewayd.relay import SocketStream, relay
+from gatewayd.relay import ByteStream, SocketStream, relay
 from gatewayd.sandbox.accounts import Account
+from gatewayd.sandbox.guest_client import Guests
 from gatewayd.sandbox.pool import Pool
 from gatewayd.tasks import TaskOwner
 
@@ -30,19 +31,46 @@ LISTEN_BACKLOG = 256
 
 # Called for every connection: "opened", "closed" or "failed", the peer's address, and a message or "".
 Report = Callable[[str, str, str], None]
+Dial = Callable[[], Awaitable[ByteStream]]
 
 
 class Forwards:
     """The forwards of this daemon."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, guests: Guests) -> None:
         self._pool = pool
+        self._guests = guests
         self._ids = itertools.count(1)
         self._open: dict[int, Forward] = {}
 
-    async def open(self, account: Account, sandbox: str, remote_port: int, address: str, port: int, report: Report) -> Forward:
-        """Listen. Raises GatewayError: kind port_in_use, usage or failed."""
-        forward = Forward(self._pool, account, sandbox, remote_port, listen(address, port), report)
+    async def open(
+        self,
+        account: Account,
+        sandbox: str,
+        remote_port: int,
+        address: str,
+        port: int,
+        report: Report,
+        *,
+        resumable: bool = False,
+        wake: bool = True,
+    ) -> Forward:
+        """Listen.
+
+        Args:
+            resumable: connections are made by the sandbox's guest, and go on when the link is lost and found again.
+            wake: whether a connection starts a stopped sandbox.
+
+        Raises:
+            GatewayError: kind port_in_use, usage or failed.
+        """
+
+        async def dial() -> ByteStream:
+            if resumable:
+                return await self._guests.connect_tcp(account, sandbox, "localhost", remote_port, wake=wake)
+            return await self._pool.dial(account, sandbox, remote_port, wake=wake)
+
+        forward = Forward(dial, sandbox, remote_port, listen(address, port), report)
         forward.id = next(self._ids)
         self._open[forward.id] = forward
         log.info("forward %d: %s:%d → %s:%d", forward.id, forward.address, forward.port, sandbox, remote_port)
@@ -67,13 +95,10 @@ class Forwards:
 class Forward:
     """One listening port."""
 
-    def __init__(
-        self, pool: Pool, account: Account, sandbox: str, remote_port: int, listener: socket.socket, report: Report
-    ) -> None:
+    def __init__(self, dial: Dial, sandbox: str, remote_port: int, listener: socket.socket, report: Report) -> None:
         self.id = 0  # given by Forwards
         self.address, self.port = listener.getsockname()[:2]
-        self._pool = pool
-        self._account = account
+        self._dial = dial  # a connection to the remote port
         self._sandbox = sandbox
         self._remote_port = remote_port
         self._listener = listener
@@ -122,7 +147,7 @@ class Forward:
         done = False
         try:
             with CancelOnHangup(sock):
-                remote = await self._pool.dial(self._account, self._sandbox, self._remote_port)
+                remote = await self._dial()
             log.info("forward %d: %s opened", self.id, peer)
             self._report("opened", peer, "")
             result = await relay(local, remote)

@@ -26,6 +26,8 @@ from gatewayd.sandbox.pool import Pool
 from gatewayd.sandbox.session import STDERR, STDOUT, ProcessSpec, Session
 from gatewayd.tasks import TaskOwner
 
+__all__ = ["GuestItem", "GuestListener", "GuestStream", "Guests", "OnStream"]
+
 HOSTS_MAX = 1024  # sandboxes whose guest's address is remembered; the longest unused one goes first
 ITEMS_MAX = 1024  # sessions of one list
 LIST_TIMEOUT = 30.0  # seconds for a list

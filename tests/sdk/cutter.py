@@ -37,6 +37,14 @@ class Cutter:
         for sock in self._sockets:
             sock.close()
 
+    def cut(self) -> None:
+        """Reset every connection that there is now."""
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.shutdown(socket.SHUT_RDWR)
+        self.cuts += 1
+
     def _run(self, function: object, *args: object) -> None:
         thread = threading.Thread(target=function, args=args, daemon=True)  # type: ignore[arg-type]  # any callable
         self._threads.append(thread)
@@ -47,6 +55,8 @@ class Cutter:
             while True:
                 client, _ = self._server.accept()
                 server = socket.create_connection(("127.0.0.1", self._target))
+                for sock in (client, server):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._sockets += [client, server]
                 self._run(self._pass_on, client, server)
                 self._run(self._pass_back, server, client)

@@ -14,6 +14,7 @@ from gatewayd.sandbox import pool as pool_module
 from gatewayd.sandbox.accounts import Account, Accounts
 from gatewayd.sandbox.boxes import Directory
 from gatewayd.sandbox.embedded import Embedded
+from gatewayd.sandbox.guest_client import Guests
 from gatewayd.sandbox.pool import Pool
 from tests.unit.fakeservice import KEY, FakeService, echo, upper_at_eof
 from tests.unit.parts import Parts
@@ -50,9 +51,11 @@ async def parts(service: FakeService, tmp_path: Path, monkeypatch: pytest.Monkey
     embedded = Embedded(tmp_path / "state", environ)
     directory = Directory()
     pool = Pool(directory)
-    parts = Parts(settings, Accounts(settings, embedded), directory, pool, Forwards(pool), embedded)
+    guests = Guests(directory, pool)
+    parts = Parts(settings, Accounts(settings, embedded), directory, pool, Forwards(pool, guests), embedded, guests)
     yield parts
     await parts.forwards.aclose()
+    await guests.aclose()
     await pool.aclose()
     await embedded.aclose()
     await parts.accounts.aclose()

@@ -9,6 +9,7 @@ from gatewayd.frontends.tcp import Forwards
 from gatewayd.sandbox.accounts import Accounts
 from gatewayd.sandbox.boxes import Directory
 from gatewayd.sandbox.embedded import Embedded
+from gatewayd.sandbox.guest_client import Guests
 from gatewayd.sandbox.pool import Pool
 
 
@@ -22,3 +23,4 @@ class Parts:
     pool: Pool
     forwards: Forwards
     embedded: Embedded
+    guests: Guests

@@ -20,7 +20,7 @@ async def connect(parts: Parts, tmp_path: Path) -> AsyncIterator[Path]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen()
-        server = ConnectServer(parts.accounts, parts.directory, parts.pool, parts.forwards)
+        server = ConnectServer(parts.settings, parts.accounts, parts.directory, parts.pool, parts.forwards, parts.guests)
         server.start(listener)
         yield path
         await server.aclose()
