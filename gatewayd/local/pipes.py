@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from gatewayd.local.ring import Ring
 
 READ_SIZE = 65536  # bytes per read: what a pipe holds
+BULK_SIZE = 262144  # the same of a command that had filled its pipe: one turn of a busy event loop then moves that much
+BULK_PIPE = 524288  # bytes that such a pipe holds from then on, if the kernel allows that
 STDIN_LIMIT = 1024 * 1024  # bytes of input that wait for the command before its sender has to
 MAX_DRAINS = 256  # descriptors kept open for background processes of finished commands, per sandbox
 
@@ -28,6 +31,7 @@ class OutputPipe:
         self._on_change = on_change  # called after every read and at the end; it calls allow() again
         self._loop = asyncio.get_running_loop()
         self._reading = False  # the loop watches the descriptor
+        self._size = READ_SIZE  # bytes per read; BULK_SIZE once the pipe was found full
         self._room: int | None = None  # bytes that may be read; None: any number
         self.allow(None)
 
@@ -57,16 +61,24 @@ class OutputPipe:
 
     def _readable(self) -> None:
         try:
-            data = os.read(self._fd, READ_SIZE if self._room is None else min(READ_SIZE, self._room))
+            data = os.read(self._fd, self._size if self._room is None else min(self._size, self._room))
         except (BlockingIOError, InterruptedError):
             return
         except OSError:  # EIO: the last process closed the terminal
             data = b""
         if data:
             self.ring.append(data)
+            if len(data) == READ_SIZE == self._size:
+                self._widen()
         else:
             self.stop()
         self._on_change()
+
+    def _widen(self) -> None:
+        """The command writes faster than this is called. Not before: a user's pipes may hold 64 MiB together (pipe(7))."""
+        self._size = BULK_SIZE
+        with contextlib.suppress(OSError):  # a terminal; a full account
+            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, BULK_PIPE)
 
 
 class InputPipe:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 
-from gatewayd.local.pipes import Drains, InputPipe
+from gatewayd.local.pipes import BULK_PIPE, READ_SIZE, Drains, InputPipe, OutputPipe
+from gatewayd.local.ring import Ring
 
 
 async def read_exactly(fd: int, size: int) -> bytes:
@@ -96,3 +98,20 @@ async def writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
         await ready
     finally:
         loop.remove_writer(fd)
+
+
+async def test_a_pipe_that_was_full_is_made_wider_and_no_other() -> None:
+    for size, wide in ((READ_SIZE, True), (READ_SIZE - 1, False)):
+        theirs, ours = os.pipe()
+        os.set_blocking(theirs, False)
+        os.write(ours, b"x" * size)
+        os.close(ours)
+        changed = asyncio.Event()
+        pipe = OutputPipe(theirs, Ring(), changed.set)
+        while not pipe.eof:
+            changed.clear()
+            async with asyncio.timeout(5):
+                await changed.wait()
+        assert pipe.ring.read(0, 2 * size) == b"x" * size
+        assert (fcntl.fcntl(theirs, fcntl.F_GETPIPE_SZ) >= BULK_PIPE) == wide
+        os.close(theirs)
