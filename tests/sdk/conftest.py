@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,19 @@ class Service:
     """``gatewayd local`` in a process of its own."""
 
     options: tuple[str, ...] = ("-X", "dev")  # of its Python
+    python = sys.executable  # what runs it
+    variables: Mapping[str, str] = {}  # in its environment beside, or instead of, the test run's
+    user: tuple[str, ...] = ()  # the words that make it another user's
 
     def __init__(self, state_dir: Path, *args: str, wrapper: Sequence[str] = ()) -> None:
         self.state_dir = state_dir
         self.log = state_dir.parent / f"{state_dir.name}.log"
         env = {name: value for name, value in os.environ.items() if not name.startswith(("LANGSMITH", "LANGCHAIN", "PYTHONWARN"))}
+        env |= self.variables
         command = [
             *wrapper,
-            sys.executable,
+            *self.user,
+            self.python,
             *self.options,
             "-m",
             "gatewayd",
