@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -25,6 +26,8 @@ RESUME_DEADLINE = 30.0  # seconds of silence before the daemon's answer when a s
 FIRST_TRIES = 10.0  # seconds in which a connection that breaks before its first answer is made anew
 BACKOFF_FIRST, BACKOFF_MAX = 0.05, 2.0  # seconds between attempts; doubled, with jitter
 STEADY = 0.5  # seconds after which a connection that broke is replaced at once
+PATIENT = 1.0  # seconds before it is shown what the daemon is doing: mostly it is done by then
+NOTICES_MAX = 16  # notices kept until then
 QUIET = 2.0  # seconds without a connection before the user is told
 RETRIED = (ErrorKind.UNAVAILABLE, ErrorKind.TIMEOUT)  # kinds of failure after which a session may still be resumed
 COUNT_MAX = 1 << 64
@@ -63,6 +66,7 @@ class Channel:
         self._up_at = 0.0  # when the present connection was answered
         self._lost_at: float | None = time.monotonic()  # since when there is no connection
         self._told = False  # the user knows about the loss
+        self._early: deque[str] = deque(maxlen=NOTICES_MAX)  # the daemon's notices that were not shown
 
     @property
     def answered(self) -> bool:
@@ -85,6 +89,8 @@ class Channel:
             times.append(self._link.deadline)
         elif self._lost_at is not None:
             times.append(self._retry_at)
+        if self._lost_at is not None and self._early:
+            times.append(self._lost_at + PATIENT)
         if self._lost_at is not None and self._answered:
             times.append(self._lost_at + self._linger)
             times.append(None if self._told else self._lost_at + QUIET)
@@ -105,12 +111,15 @@ class Channel:
             if self._link is not None and self.up:
                 self.session.tick(now)
                 if frames := self.session.data_to_send():
-                    self._link.send(frames)
+                    self._link.send((b"".join(frames),))
         except Lost as exc:
             self._lose(str(exc), now)
         except Failure as exc:
             self._refused(exc, now)
-        if self._lost_at is None or not self._answered:
+        if self._lost_at is None:
+            return
+        if not self._answered:
+            self._tell(now)
             return
         if now - self._lost_at >= self._linger:
             text = f"no connection to sandbox {self.sandbox!r} for {self._linger:g} s: the session is over"
@@ -133,7 +142,8 @@ class Channel:
                 if "ok" in reply:
                     self._connected(reply["ok"], now)
                 else:
-                    self.notice(str(reply["notice"]))
+                    self._early.append(str(reply["notice"]))
+            self._tell(now)
             if not data:
                 return []
             return self.session.receive(data, now)
@@ -265,6 +275,13 @@ class Channel:
         if refused.status == Status.TOO_MANY:
             return f"sandbox {box!r} has too many sessions", f"`sandbox ps {box}` shows them"
         return f"sandbox {box!r}: {refused}", ""
+
+    def _tell(self, now: float) -> None:
+        """Show what the daemon said, once it takes long enough to be of interest; never while a session is resumed."""
+        if self._lost_at is None or self._answered:
+            self._early.clear()
+        while self._early and self._lost_at is not None and now - self._lost_at >= PATIENT:
+            self.notice(self._early.popleft())
 
     def _lose(self, why: str, now: float) -> None:
         """The connection broke, or could not be made."""

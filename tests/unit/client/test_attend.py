@@ -285,6 +285,18 @@ def test_an_interrupt_before_the_first_answer(daemon: Daemon, spawn: Spawn) -> N
     assert process.wait(DEADLINE) == 130
 
 
+def test_what_is_done_at_once_is_not_talked_about(world: GuestWorld, spawn: Spawn) -> None:
+    serve = world.daemon.script
+
+    def script(request: dict[str, Any], sock: Any) -> None:
+        sock.sendall(b'{"notice":"setting up"}\n')
+        assert serve is not None
+        serve(request, sock)
+
+    world.daemon.script = script
+    assert run(spawn, "echo", "hi") == (0, b"hi\n", b"")
+
+
 # --- sessions that stay ----------------------------------------------------------------------------------
 
 
