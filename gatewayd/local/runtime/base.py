@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,7 @@ class BoxSpec:
     vcpus: float | None = None  # CPUs' worth of time; None: no limit
     mem_bytes: int | None = None  # memory limit; None: no limit
     fs_capacity_bytes: int | None = None  # size of the writable disk; None: no limit. Grows at a start, never shrinks
+    layers: tuple[str, ...] = ()  # what a new disk lies on, topmost first; empty: the default snapshot
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,81 @@ class Box(Protocol):
         """SIGTERM to all, SIGKILL after `grace` seconds; returns when nothing of the box is left running. Idempotent."""
 
 
+@dataclass(frozen=True)
+class LayerSource:
+    """One layer of an image, as a file."""
+
+    path: Path
+    digest: str  # "sha256:…" of the file
+    diff_id: str  # "sha256:…" of the tar archive in it
+    compression: str  # "none", "gzip" or "zstd"
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What the topmost layer of an image is completed with, so that a sandbox can stand on it."""
+
+    work_dir: str = ""  # a folder that must exist; "": none
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The files of a sandbox, as layers."""
+
+    layers: tuple[str, ...]  # topmost first
+    made: str  # the one of them that was made for this
+    size: int  # its bytes
+
+
+class Layers(Protocol):
+    """Folders of files that lie read-only under sandboxes' writable ones, each with a name."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a layer."""
+
+    async def unpack(
+        self,
+        name: str,
+        sources: Sequence[LayerSource],
+        below: Sequence[str],
+        *,
+        max_bytes: int,
+        finish: Finish | None = None,
+        on_done: Callable[[int], None] = lambda done: None,
+    ) -> int:
+        """Make a layer from parts of an image, lowest first.
+
+        Args:
+            below: the layers that it is to lie on, topmost first.
+            max_bytes: of content, more is refused.
+            on_done: called with the number of sources done.
+
+        Returns:
+            The bytes of content.
+
+        Raises:
+            RuntimeFailure: a source is not what it should be, or the disk is full; nothing is left behind.
+        """
+
+    async def capture(self, box_id: str, box: Box | None) -> Captured:
+        """Make a layer of what a box has written: of a running one (`box`) as it is at one moment; /tmp is not part of it.
+
+        Raises:
+            RuntimeFailure: the disk is full, or the box ended meanwhile; nothing is left behind.
+        """
+
+    async def keep_only(self, names: Collection[str]) -> None:
+        """Remove all other layers, and what was half made; boxes' own layers stay."""
+
+
 class Runtime(Protocol):
     """Makes boxes on this machine."""
 
     name: str  # "native", …
+
+    @property
+    def layers(self) -> Layers | None:
+        """What snapshots are made of; None: there is the default snapshot and no other."""
 
     async def check(self) -> list[Finding]:
         """What this machine offers and what it lacks, for people to read. Changes nothing, never raises."""

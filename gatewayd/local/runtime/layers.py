@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import os
-import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gatewayd.local.runtime.base import RuntimeFailure
+from gatewayd.local.runtime.base import Finish, LayerSource, RuntimeFailure
+from gatewayd.local.runtime.helpers import helper, report_of
 from gatewayd.local.runtime.idmap import IdMap
 
 log = logging.getLogger(__name__)
@@ -20,18 +19,30 @@ log = logging.getLogger(__name__)
 ARCHIVE_PREFIX = "tar-"  # names of layers that are whole root file systems of their own
 MAX_BYTES = 64 << 30  # of content in one layer
 MAX_ENTRIES = 4_000_000
-_MOUNTED = ("dev", "proc", "run", "tmp")  # folders that every sandbox has something mounted on
+_MOUNTED = {"/dev": 0o755, "/proc": 0o555, "/run": 0o755, "/tmp": 0o1777}  # noqa: S108 - every sandbox has something mounted on them
+_HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"  # what Docker would mount as /etc/hosts
 _DEADLINE = 1800.0  # seconds for one layer
-_UNPACKER = Path(__file__).parent / "inside" / "unpack.py"
 
 
-async def unpack(archive: IO[bytes], folder: Path, ids: IdMap, *, lower: list[str] | None = None) -> dict[str, Any]:
+async def unpack(
+    archive: IO[bytes],
+    folder: Path,
+    ids: IdMap,
+    *,
+    lower: Sequence[str] = (),
+    max_bytes: int = MAX_BYTES,
+    source: LayerSource | None = None,
+    finish: Finish | None = None,
+) -> dict[str, Any]:
     """Unpack one archive (tar, perhaps compressed) into `folder`, as the users of a sandbox.
 
     Args:
         archive: open file, or pipe, at the archive's beginning.
         folder: owned by the sandbox's root; with `lower`, it has the folders upper and work.
-        lower: layers below, topmost first, as absolute paths.
+        lower: layers below, topmost first, as paths from `folder`.
+        max_bytes: content that is too much.
+        source: what the archive must be; None: whatever it is.
+        finish: what the root file system must have afterwards.
 
     Returns:
         ``bytes`` and ``entries`` unpacked, ``skipped`` device nodes.
@@ -41,44 +52,20 @@ async def unpack(archive: IO[bytes], folder: Path, ids: IdMap, *, lower: list[st
     """
     plan = {
         "folder": str(folder),
-        "lower": lower or [],
+        "lower": list(lower),
         "id_map": ids.plan(),
-        "max_bytes": MAX_BYTES,
+        "max_bytes": max_bytes,
         "max_entries": MAX_ENTRIES,
+        "digest": source.digest if source else "",
+        "diff_id": source.diff_id if source else "",
+        "compression": source.compression if source else "",
+        "finish": finish and {"folders": _MOUNTED, "work_dir": finish.work_dir, "hosts": _HOSTS},
     }
-    plan_fd = os.memfd_create("plan")
-    os.write(plan_fd, json.dumps(plan).encode())
-    os.lseek(plan_fd, 0, os.SEEK_SET)
     try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            "-S",
-            str(_UNPACKER),
-            str(plan_fd),
-            stdin=archive,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            pass_fds=[plan_fd],
-        )
-    finally:
-        os.close(plan_fd)
-    try:
-        async with asyncio.timeout(_DEADLINE):
-            answer, _ = await process.communicate()
+        async with asyncio.timeout(_DEADLINE), helper("unpack.py", plan, archive) as process:
+            return await report_of(process, "unpack the image")
     except TimeoutError:
         raise RuntimeFailure(f"cannot unpack the image: not done within {_DEADLINE:.0f} s") from None
-    finally:
-        if process.returncode is None:  # cancelled, or too late
-            process.kill()
-            await process.wait()
-    try:
-        report: dict[str, Any] = json.loads(answer)
-    except ValueError:
-        raise RuntimeFailure("cannot unpack the image: its unpacker died") from None
-    if "failed" in report:
-        raise RuntimeFailure(f"cannot unpack the image: {report['failed']}")
-    return report
 
 
 async def ensure_archive(bases: Path, archive: Path, ids: IdMap, delete: Callable[[Path], Awaitable[None]]) -> str:
@@ -107,8 +94,8 @@ async def ensure_archive(bases: Path, archive: Path, ids: IdMap, delete: Callabl
         try:
             with archive.open("rb") as file:
                 report = await unpack(file, draft, ids)
-            if missing := [entry for entry in _MOUNTED if not (draft / entry).is_dir()]:
-                raise RuntimeFailure(f"{what}: it has no folder /{missing[0]}")
+            if missing := [entry for entry in _MOUNTED if not (draft / entry[1:]).is_dir()]:
+                raise RuntimeFailure(f"{what}: it has no folder {missing[0]}")
             draft.rename(bases / name)
         except BaseException:
             await delete(draft)

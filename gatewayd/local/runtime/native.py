@@ -3,9 +3,10 @@
 On disk, below the state folder::
 
     bases/HASH/          the default snapshot's layer (`rootfs`), or an archive's (`layers`)
+    layers/ID/           what snapshots are made of (`layerstore`)
     boxes/ID/upper/      what the sandbox wrote; work/ is overlayfs's own
     boxes/ID/disk.img    both of them instead, on a disk of limited size, mounted on disk/ where nobody else sees it
-    boxes/ID/base        the name of the layer it was made on
+    boxes/ID/base        the names of the layers it was made on, topmost first
     trash/               disks being deleted
 
 Per running sandbox there is one monitor process outside and one agent inside (`inside.monitor`, `inside.agent`).
@@ -20,12 +21,14 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from gatewayd.local.runtime import cgroups, checks, disk, idmap, layers, rootfs
 from gatewayd.local.runtime.base import BoxSpec, Finding, RuntimeFailure, box_dir
 from gatewayd.local.runtime.checks import can_size_tmpfs, find_bubblewrap
 from gatewayd.local.runtime.inside import loopdisk, seccomp
+from gatewayd.local.runtime.layerstore import BASES, MARKER, LayerStore, on_host_usr
 from gatewayd.local.runtime.nativebox import NativeBox
 from gatewayd.tasks import TaskOwner
 
@@ -34,7 +37,6 @@ log = logging.getLogger(__name__)
 _END_DEADLINE = 12.0  # seconds for killed processes to be gone
 _MASKED = ("/proc/keys", "/proc/cmdline")  # name this machine's keyrings; how it was started
 _MIN_TMPFS = 16 << 20  # bytes of /tmp, /run and /dev/shm at least
-_BASE_MARKER = "base"  # file in a box's folder
 _NOTE_NO_FILTER = "system calls are not filtered: there is no filter for this architecture"
 _NOTE_SINGLE_ID = "only root exists inside: /etc/subuid gives this user no ids (install uidmap and add a range)"
 
@@ -54,6 +56,7 @@ class NativeRuntime:
         self._call_filter = seccomp.program() or b""  # for everything inside; empty on a machine without a table
         self._base_lock = threading.Lock()  # the first sandboxes may all be started at once
         self._unpacking = asyncio.Lock()  # the same, for `base`
+        self.layers = LayerStore(state_dir, self._ids, self._delete)
         self._tasks = TaskOwner("native")  # one watcher for each running box
         self._ends: set[asyncio.Future[str]] = set()  # `ended` of each running box
 
@@ -91,10 +94,10 @@ class NativeRuntime:
             raise RuntimeFailure("cannot start the sandbox: bubblewrap is not installed (apt-get install bubblewrap)")
         try:
             archived = None
-            if self._base is not None:
+            if self._base is not None and not spec.layers:
                 async with self._unpacking:
                     archived = await layers.ensure_archive(self._state_dir / "bases", self._base, self._ids, self._delete)
-            base, disk_note = await asyncio.to_thread(self._prepare_disk, spec, archived)
+            stack, disk_note = await asyncio.to_thread(self._prepare_disk, spec, archived)
             sized = spec.mem_bytes is not None and await asyncio.to_thread(can_size_tmpfs, bwrap)
             limits = self._cgroups.create(spec.id, spec.vcpus, spec.mem_bytes)
         except OSError as exc:
@@ -104,12 +107,12 @@ class NativeRuntime:
         plan = {
             "box_dir": str(folder),
             "disk": (folder / loopdisk.IMAGE).exists(),
-            "lower": f"../../bases/{base}",
+            "lower": ":".join(f"../../{layer}" for layer in stack),
             "id_map": self._ids.plan(),
             "cgroups": [str(folder) for folder in limits.folders],
             "bwrap": bwrap,
             "isolation": self._isolation(spec),
-            "mounts": self._mounts(spec, sized=sized, host_usr=not base.startswith(layers.ARCHIVE_PREFIX)),
+            "mounts": self._mounts(spec, sized=sized, host_usr=on_host_usr(stack)),
             "max_pids": cgroups.MAX_PIDS,
             "seccomp": self._call_filter.hex(),
         }
@@ -137,22 +140,27 @@ class NativeRuntime:
         own = ["--proc", "/proc", "--dev", "/dev", *shared, *size, "--perms", "755", "--tmpfs", "/run"]
         return [*(["--ro-bind", "/usr", "/usr"] if host_usr else []), *own, *hidden]
 
-    def _prepare_disk(self, spec: BoxSpec, archived: str | None) -> tuple[str, str]:
-        """Make what is missing of a box's folder; returns the name of its base layer and what of its size is not enforced.
+    def _prepare_disk(self, spec: BoxSpec, archived: str | None) -> tuple[Sequence[str], str]:
+        """Make what is missing of a box's folder; returns its layers, topmost first, and what of its size is not enforced.
 
-        `archived` is the layer for a new box; None: the default snapshot's.
+        `archived` is the layer for a new box without a snapshot; None: the default snapshot's.
         """
-        bases = self._state_dir / "bases"
+        bases = self._state_dir / BASES
         folder = box_dir(self._state_dir, spec.id)
-        marker = folder / _BASE_MARKER
-        if marker.is_file() and (bases / (name := marker.read_text().strip())).is_dir():
-            return name, disk.prepare(folder, spec.fs_capacity_bytes)
-        if archived is None:
+        marker = folder / MARKER
+        stack: Sequence[str] = self.layers.stack_of(spec.id)
+        if stack and all(self.layers.has(name) for name in stack):
+            return stack, disk.prepare(folder, spec.fs_capacity_bytes)
+        if spec.layers:
+            stack = spec.layers
+            if not all(self.layers.has(name) for name in stack):
+                raise RuntimeFailure("cannot start the sandbox: a layer of its snapshot is missing")
+        elif archived is None:
             with self._base_lock:
                 bases.mkdir(mode=0o700, parents=True, exist_ok=True)
-                name = rootfs.ensure_base(bases, self._ids.root_uid, self._ids.root_gid)
+                stack = [f"{BASES}/{rootfs.ensure_base(bases, self._ids.root_uid, self._ids.root_gid)}"]
         else:
-            name = archived
+            stack = [f"{BASES}/{archived}"]
         for path in (folder.parent, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         note = disk.prepare(folder, spec.fs_capacity_bytes)
@@ -162,9 +170,9 @@ class NativeRuntime:
                 os.chown(path, self._ids.root_uid, self._ids.root_gid)
             (folder / "upper").chmod(0o755)  # the sandbox's root folder
         draft = marker.with_suffix(".new")
-        draft.write_text(name)
+        draft.write_text("\n".join(stack))
         draft.rename(marker)
-        return name, note
+        return stack, note
 
     async def remove(self, box_id: str) -> None:
         """Delete a stopped sandbox's disk; no error when there is none."""

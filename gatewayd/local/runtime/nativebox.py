@@ -14,7 +14,7 @@ import stat
 import struct
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gatewayd.local.runtime.nativelistener import NativeListener, checked
 log = logging.getLogger(__name__)
 
 _BOOT_DEADLINE = 20.0  # seconds from fork to the agent's hello; the monitor itself gives up after 15
+_THAW_DEADLINE = 5.0  # seconds for the processes inside to go on
 _END_DEADLINE = 12.0  # seconds for the monitor to end everything and leave
 _MONITOR = Path(__file__).parent / "inside" / "monitor.py"
 
@@ -97,6 +98,7 @@ class NativeBox:
         )  # its end ends the sandbox
         self._link: AgentLink | None = None  # set by boot
         self._stopping = False  # set by the first stop()
+        self.outer_pid = 0  # of bubblewrap, whose mount namespace has the sandbox's disk; set by boot
 
     async def boot(self, plan: dict[str, Any]) -> None:
         """Start monitor and agent.
@@ -126,6 +128,7 @@ class NativeBox:
                 report = await self._report()
                 if "running" not in report:
                     raise RuntimeFailure(f"cannot start the sandbox: {report.get('failed', 'its monitor died')}")
+                self.outer_pid = int(report["running"])
                 await self._link.hello
         except TimeoutError:
             await self._abandon()
@@ -243,6 +246,26 @@ class NativeBox:
         )
         sock, path = checked(answer, fds)
         return NativeListener(link, str(answer.get("handle")), path, sock, on_connection)
+
+    @contextlib.asynccontextmanager
+    async def standing_still(self) -> AsyncIterator[list[str]]:
+        """Every process inside stopped for the length of a block; gives the files that are written through memory.
+
+        Raises:
+            RuntimeFailure: the sandbox has ended, or its processes cannot be stopped.
+        """
+        link = self._agent()
+        try:
+            answer, fds = await link.request("freeze", unwanted=lambda _: link.tell("thaw"))
+        except OSError as exc:
+            raise RuntimeFailure(f"the sandbox's processes cannot be stopped: {exc.strerror}") from exc
+        packets.close_all(fds)
+        mapped = answer.get("mapped")
+        try:
+            yield [path for path in mapped if isinstance(path, str)] if isinstance(mapped, list) else []
+        finally:
+            if (thawed := link.tell("thaw")) is not None:
+                await asyncio.wait({thawed}, timeout=_THAW_DEADLINE)
 
     async def stop(self, grace: float = 2.0) -> None:
         """SIGTERM to all, SIGKILL after `grace` seconds; returns when nothing of the box is left running. Idempotent."""

@@ -28,6 +28,7 @@ from typing import Any
 
 from gatewayd.local.runtime.inside import accounts, kernel, packets
 from gatewayd.local.runtime.inside.files import Files
+from gatewayd.local.runtime.inside.freezer import Freezer
 from gatewayd.local.runtime.inside.listeners import Listeners
 from gatewayd.local.runtime.inside.packets import Request
 
@@ -35,6 +36,7 @@ _CONNECT_DEADLINE = 5.0  # seconds for a port inside to accept: beyond the time 
 _MAX_CONNECTS = 1024  # connects under way at once
 _TTY_GROUP = 5  # gid of /dev/pts/N on every Linux
 _BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_UNFROZEN = ("freeze", "thaw", "terminate")  # operations that are done while everything else waits
 _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
@@ -76,6 +78,8 @@ class Agent:
         self._children: set[int] = set()  # started and not yet reaped
         self._connects: dict[int, tuple[socket.socket, Request, int, float]] = {}  # fd → socket, request, family index, deadline
         self._anchors = self._pids()  # what keeps the sandbox alive: never signalled by `terminate`
+        self._freezer = Freezer()
+        self._deferred: list[Request] = []  # came while everything was frozen
         files, listeners = Files(self._answer), Listeners(self._answer)
         self._operations: dict[str, Callable[[Request], None]] = {  # by the name in a request's ``op``
             "spawn": self._spawn,
@@ -88,6 +92,8 @@ class Agent:
             "abort": files.abort,
             "listen": listeners.listen,
             "unlisten": listeners.unlisten,
+            "freeze": self._freeze,
+            "thaw": self._thaw,
         }
 
     def serve(self) -> None:
@@ -123,6 +129,9 @@ class Agent:
         handler = self._operations.get(str(request.get("op")))
         if handler is None:
             self._send({"id": request.get("id"), "errno": errno.ENOSYS, "where": str(request.get("op"))})
+            return
+        if self._freezer.frozen and request["op"] not in _UNFROZEN:
+            self._deferred.append(request)
             return
         try:
             handler(request)
@@ -234,6 +243,7 @@ class Agent:
 
     def _terminate(self, request: Request) -> None:
         """SIGTERM to every process but the sandbox's own frame; answers when they are gone or after `grace` seconds."""
+        self._freezer.thaw()
         others = self._pids() - self._anchors - {os.getpid()}
         for pid in others:
             with contextlib.suppress(ProcessLookupError):
@@ -245,6 +255,17 @@ class Agent:
             self._reap()
             others &= self._pids()
         self._answer(request, {"left": len(others)})
+
+    def _freeze(self, request: Request) -> None:
+        """Stop every process for a moment; what is asked for meanwhile is done afterwards."""
+        self._answer(request, self._freezer.freeze())
+
+    def _thaw(self, request: Request) -> None:
+        self._freezer.thaw()
+        self._answer(request, {})
+        deferred, self._deferred = self._deferred, []
+        for late in deferred:
+            self._handle(late)
 
     # Ports
 

@@ -18,13 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gatewayd.local.runtime.inside import agent, idspace, kernel, loopdisk
+from gatewayd.local.runtime.inside import agent, anchor, idspace, kernel, loopdisk
 
 _DEADLINE = 15.0  # seconds for bubblewrap to report that the sandbox stands
 _MOUNTPOINTS = ("/mnt", "/media", "/srv", "/opt")  # a folder every user may pass through; used in a private mount namespace only
 _NAMESPACES = ("user", "mnt", "net", "ipc", "uts", "pid")  # user first: it grants the right to the others
 _MAX_STDERR = 4096  # bytes of complaint that are kept
-_ANCHOR = "printf x >&3; exec 3>&-; exec sleep infinity"  # tells that the sandbox stands, then keeps it alive
 
 
 class BootError(Exception):
@@ -170,13 +169,13 @@ def _launch(plan: dict[str, Any], pipes: _Pipes) -> None:
         return
     info_fd = fcntl.fcntl(pipes.info_w, fcntl.F_DUPFD, 10)  # inheritable, and out of the way
     os.dup2(pipes.error_w, 2)
-    os.dup2(pipes.ready_w, 3)  # dash knows one-digit descriptors only
+    os.dup2(pipes.ready_w, anchor.READY_FD)
     options = [*plan["isolation"], "--bind", target, "/", *plan["mounts"], "--info-fd", str(info_fd)]
     if call_filter := bytes.fromhex(plan["seccomp"]):
         options += ["--seccomp", str(_memory_file(call_filter))]
     # by a descriptor: pid 1's command line is readable inside
     arguments = _memory_file(b"".join(word.encode() + b"\0" for word in options))
-    command = [plan["bwrap"], "--args", str(arguments), "--", "/bin/sh", "-c", _ANCHOR]
+    command = [plan["bwrap"], "--args", str(arguments), "--", *anchor.command()]
     os.execve(command[0], command, {})  # noqa: S606 - no environment: bubblewrap's --clearenv would leave /proc/1/environ readable
 
 

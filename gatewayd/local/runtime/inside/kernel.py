@@ -13,6 +13,7 @@ import struct
 CLONE_NEWNS = 0x0002_0000
 CLONE_NEWUSER = 0x1000_0000
 
+MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_REC = 0x4000
@@ -28,6 +29,8 @@ _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
 _OPENAT2 = 437  # on every architecture
 _RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
 _KEYCTL = {"x86_64": 250, "aarch64": 219}  # call numbers: the C library has no wrapper
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _CAPABILITY_VERSION_3 = 0x2008_0522
@@ -82,12 +85,21 @@ def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "")
 
 def open_plainly(path: str, flags: int) -> int:
     """openat2(2) that follows no magic link (/proc/PID/exe, fd, root), which could lead out of a sandbox; close-on-exec."""
+    return _openat2(-100, path, flags, _RESOLVE_NO_MAGICLINKS)  # AT_FDCWD; the path is absolute
+
+
+def open_beneath(folder: int, path: str, flags: int) -> int:
+    """openat2(2) of a path below an open folder that follows no link at all; close-on-exec."""
+    return _openat2(folder, path, flags, _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH)
+
+
+def _openat2(folder: int, path: str, flags: int, resolve: int) -> int:
     name = os.fsencode(path)
     if b"\0" in name:
         raise ValueError("embedded null byte")
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_NO_MAGICLINKS)
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
     while True:
-        fd = int(_libc.syscall(_OPENAT2, -100, name, how, len(how)))  # AT_FDCWD; the path is absolute
+        fd = int(_libc.syscall(_OPENAT2, folder, name, how, len(how)))
         if fd >= 0:
             return fd
         if (number := ctypes.get_errno()) != errno.EINTR:

@@ -52,7 +52,7 @@ def main() -> int:
         return 1
     channel.close()
     with contextlib.suppress(OSError):  # the service was killed meanwhile: `_wait` sees that at once
-        packets.send(lifeline, {"running": True})
+        packets.send(lifeline, {"running": tree.bubblewrap})
     reason = _wait(lifeline, tree)
     _end(plan, tree)
     with contextlib.suppress(OSError):  # the service was killed

@@ -1,21 +1,19 @@
-"""Unpack one image layer into a folder, with the ids and the reach of a sandbox: a process of its own.
+"""Unpack one image layer into a folder, with the ids and the reach of a sandbox: a process of its own (`mapped`).
 
-Started with ``python -I -S unpack.py N``; the plan is one JSON object on descriptor N, the archive (tar, also gzip, bzip2 or xz)
-comes on standard input, and one JSON object on standard output says how it went. The work is done by a child in a user namespace,
-its root folder changed to the one being filled: whatever names and links the archive holds, they lead nowhere else.
+The archive comes on standard input, and one answer says how it went. The child's root folder is changed to the one being filled:
+whatever names and links the archive holds, they lead nowhere else.
 
-Plan: ``{"folder": path, "lower": [path, …], "id_map": …, "max_bytes": N, "max_entries": N}``. With lower layers the folder is an
-overlay's upper layer (`folder`/upper, `folder`/work) and whiteouts mean what they say (OCI image specification, layer.md);
-without, the folder itself is filled.
+Plan: ``{"folder": path, "lower": [path, …], "id_map": …, "max_bytes": N, "max_entries": N, "digest": "", "diff_id": "",
+"compression": "", "finish": null}``. With lower layers (relative to the folder) the folder is an overlay's upper layer
+(`folder`/upper, `folder`/work) and whiteouts mean what they say (OCI image specification, layer.md); without, the folder itself
+is filled. With a digest standard input is a file, and nothing of it is looked at before it is the one that was named.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
-import signal
 import stat
 import sys
 import tarfile
@@ -24,9 +22,9 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[4]))  # -I -S leaves our own packages out
 
-from gatewayd.local.runtime.inside import idspace, kernel
+from gatewayd.local.runtime.inside import archives, idspace, kernel, mapped
+from gatewayd.local.runtime.inside.archives import LayerError
 
-_PLAN_MAX = 65536  # bytes
 _CHUNK = 1 << 20  # bytes copied at a time
 _MEMORY_MAX = 1 << 30  # bytes of address space: a header may claim any size
 _NAME_MAX, _PATH_MAX = 255, 4096  # bytes (limits.h)
@@ -34,10 +32,6 @@ _ID_MAX = 65535  # ids mapped into a sandbox
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _XATTR = "SCHILY.xattr."  # PAX records with extended attributes begin so
 _MOUNTPOINTS = ("/mnt", "/media", "/srv", "/opt")  # covered in a private mount namespace only
-
-
-class LayerError(Exception):
-    """The archive cannot be unpacked; the message is for the user."""
 
 
 class Unpacker:
@@ -64,6 +58,24 @@ class Unpacker:
         for path, mtime in sorted(self._folders.items(), reverse=True):
             with contextlib.suppress(OSError):  # replaced by a later entry
                 os.utime(path, (mtime, mtime), follow_symlinks=False)
+
+    def finish(self, wanted: dict[str, Any]) -> None:
+        """Make the root file system one that a sandbox can stand on: `folders` for what is mounted, and what programs count on.
+
+        Args:
+            wanted: ``folders`` (mode by path) must be folders themselves, not links; ``work_dir`` exists, if it is given.
+        """
+        for path, mode in wanted["folders"].items():
+            if not _is_folder(path):
+                _remove(path)
+                os.mkdir(path)  # noqa: PTH102
+                os.chmod(path, mode)  # noqa: PTH101
+        if wanted["work_dir"]:
+            self._parents(_inside(wanted["work_dir"]))
+        if _is_folder("/etc") and not _has_content("/etc/hosts"):
+            _remove("/etc/hosts")
+            Path("/etc/hosts").write_text(wanted["hosts"])
+            os.chmod("/etc/hosts", 0o644)  # noqa: PTH101
 
     def _entry(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         path = _inside(member.name)
@@ -195,6 +207,14 @@ def _is_folder(path: str, *, follow: bool = False) -> bool:
         return False
 
 
+def _has_content(path: str) -> bool:
+    try:
+        info = os.stat(path, follow_symlinks=False)  # noqa: PTH116
+    except OSError:
+        return False
+    return not stat.S_ISREG(info.st_mode) or info.st_size > 0
+
+
 def _remove(path: str) -> None:
     """Remove a file, or a folder with all it holds, without following links; no error when there is nothing."""
     if not _is_folder(path):
@@ -228,13 +248,9 @@ def _explain(exc: BaseException) -> str:
     return f"cannot read the archive: {type(exc).__name__}"
 
 
-def _answer(message: dict[str, Any]) -> None:
-    os.write(1, json.dumps(message).encode() + b"\n")
-
-
-def _enter(plan: dict[str, Any], unshared: int, mapped: int) -> None:
-    """Become root of a sandbox's ids, with the folder to fill as the root folder."""
-    folder, lower = plan["folder"], plan["lower"]
+def _enter(plan: dict[str, Any], door: mapped.Door) -> None:
+    """Become root of a sandbox's ids, with the folder to fill as the working folder of this process."""
+    lower = plan["lower"]
     privileged = plan["id_map"]["method"] == "direct"
 
     def mount() -> None:
@@ -243,69 +259,40 @@ def _enter(plan: dict[str, Any], unshared: int, mapped: int) -> None:
         options = f"lowerdir={':'.join(lower)},upperdir=upper,workdir=work,userxattr"
         kernel.mount("overlay", next(path for path in _MOUNTPOINTS if _is_folder(path)), "overlay", 0, options)
 
-    os.chdir(folder)
+    os.chdir(plan["folder"])
     if lower and privileged:  # as `boot`: root's overlay is made while the state folder can be read
         mount()
-    kernel.unshare(kernel.CLONE_NEWUSER)
-    os.write(unshared, b"x")
-    if os.read(mapped, 1) != b"x":
-        raise LayerError("its ids were not mapped")
-    idspace.become_root()
+    door.enter()
     if lower and not privileged:
         mount()
-    os.chroot(next(path for path in _MOUNTPOINTS if _is_folder(path)) if lower else ".")
-    os.chdir("/")
-    os.umask(0)
-    kernel.keep_only(kernel.SANDBOX_CAPABILITIES)
-    kernel.gain_no_privileges()
 
 
-def _unpack(plan: dict[str, Any], unshared: int, mapped: int) -> int:
+def _unpack(plan: dict[str, Any], door: mapped.Door) -> int:
     unpacker = Unpacker(plan["max_bytes"], plan["max_entries"])
-    source = sys.stdin.buffer
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_MAX, _MEMORY_MAX))
     try:
-        _enter(plan, unshared, mapped)
-        with tarfile.open(fileobj=source, mode="r|*", bufsize=_CHUNK, errors="surrogateescape") as tar:
+        if plan["digest"]:
+            archives.check_file(0, plan["digest"])
+        _enter(plan, door)
+        # what decompresses is a program of this machine's: started before the root folder changes, with the sandbox's ids
+        source = archives.Source(0, plan["compression"], plan["max_bytes"] + (plan["max_entries"] << 10))
+        os.chroot(next(path for path in _MOUNTPOINTS if _is_folder(path)) if plan["lower"] else ".")
+        os.chdir("/")
+        door.settle()
+        stream: Any = source  # a stream is read and nothing else
+        with tarfile.open(fileobj=stream, mode=source.mode, bufsize=_CHUNK, errors="surrogateescape") as tar:
             unpacker.run(tar)
-        while source.read(_CHUNK):  # padding: whoever writes the archive shall not find a broken pipe
-            pass
-    except (LayerError, OSError, tarfile.TarError, EOFError, ValueError, MemoryError, RecursionError) as exc:
-        _answer({"failed": _explain(exc), "errno": exc.errno if isinstance(exc, OSError) else None})
+        source.drain()  # padding: whoever writes the archive shall not find a broken pipe
+        if plan["diff_id"]:
+            source.check(plan["diff_id"])
+        if plan["finish"] is not None:
+            unpacker.finish(plan["finish"])
+    except (LayerError, OSError, tarfile.TarError, EOFError, ValueError, MemoryError, RecursionError, idspace.MapError) as exc:
+        mapped.answer({"failed": _explain(exc), "errno": exc.errno if isinstance(exc, OSError) else None})
         return 1
-    _answer({"bytes": unpacker.bytes, "entries": unpacker.entries, "skipped": unpacker.skipped})
+    mapped.answer({"bytes": unpacker.bytes, "entries": unpacker.entries, "skipped": unpacker.skipped})
     return 0
 
 
-def main() -> int:
-    """Unpack one layer; 0 when all of it is there."""
-    kernel.die_with_parent(signal.SIGKILL)
-    plan_fd = int(sys.argv[1])
-    plan: dict[str, Any] = json.loads(os.read(plan_fd, _PLAN_MAX))
-    os.close(plan_fd)
-    unshared_r, unshared_w = os.pipe()
-    mapped_r, mapped_w = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            kernel.die_with_parent(signal.SIGKILL)
-            os.close(unshared_r)
-            os.close(mapped_w)
-            status = _unpack(plan, unshared_w, mapped_r)
-        finally:
-            os._exit(status)
-    os.close(unshared_w)
-    os.close(mapped_r)
-    try:
-        if os.read(unshared_r, 1) == b"x":
-            idspace.write_maps(child, plan["id_map"])
-            os.write(mapped_w, b"x")
-    except (idspace.MapError, OSError) as exc:
-        _answer({"failed": _explain(exc), "errno": None})
-    os.close(mapped_w)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(mapped.main(sys.argv[1], _unpack))
