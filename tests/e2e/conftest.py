@@ -183,6 +183,30 @@ def new_gateway() -> Iterator[Gateway]:
         subprocess.run(["rm", "-rf", str(root)], check=True)
 
 
+@contextlib.contextmanager
+def service_on(archive: Path) -> Iterator[Gateway]:
+    """A gateway whose sandboxes are made on the root file system in `archive`, by a service of their own."""
+    for gateway in new_gateway():
+        state = gateway.root / "based"
+        argv = [sys.executable, "-m", "gatewayd", "local", "--state-dir", str(state), "--base", str(archive)]
+        with (gateway.root / "based.log").open("wb") as log:
+            service = subprocess.Popen(argv, env=gateway.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        try:
+            assert service.stdout is not None
+            endpoint = json.loads(service.stdout.readline())["endpoint"]
+            profile = f'[profiles.based]\nendpoint = "{endpoint}"\napi_key_file = "{state}/api-key"\n'
+            (gateway.root / "config.toml").write_text(f'default_profile = "based"\n\n{profile}')
+            yield gateway
+            for box in gateway.json("list")["sandboxes"]:
+                gateway.sandbox("delete", "--yes", box["name"])
+            gateway.sandbox("down")
+        finally:
+            service.terminate()
+            service.wait(20)
+            if service.stdout is not None:
+                service.stdout.close()
+
+
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Gateway]:
     """One gateway for a file's tests."""
