@@ -10,6 +10,13 @@
     api_key_file = "~/.config/gatewayd/work.key"   # mode 0600; or api_key_env = "NAME"
     workspace_id = "…"                             # optional
     ca_file = "/etc/ssl/company.pem"               # optional, in addition to the system's certificates
+
+    [ssh]                                          # ssh over TCP, for programs that cannot run a ProxyCommand; read at the start
+    listen = "127.0.0.1:2222"
+    authorized_keys = "~/.ssh/authorized_keys"     # this or the next, or both; like sshd's
+    trusted_user_ca_keys = "/etc/ssh/user_ca.pub"
+    profile = "work"                               # whose sandboxes; default: the default profile
+    beyond_loopback = false                        # whether `listen` may name an address that others can reach
 """
 
 from __future__ import annotations
@@ -34,7 +41,7 @@ DEFAULT_ENDPOINT = "https://api.smith.langchain.com"
 FILE_MAX = 1 << 20  # bytes of a configuration file
 KEY_MAX = 4096  # bytes of an API key file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a profile
-KEYS = ("default_profile", "start_on_connect", "profiles")  # of the file itself
+KEYS = ("default_profile", "start_on_connect", "profiles", "ssh")  # of the file itself
 PROFILE_KEYS = frozenset({"endpoint", "api_key_file", "api_key_env", "workspace_id", "ca_file"})
 
 
@@ -115,6 +122,17 @@ class Proxies:
 
 
 @dataclass(frozen=True)
+class SshSettings:
+    """The [ssh] table: ssh over TCP. ssh over connect.sock needs none of it."""
+
+    host: str = ""  # address to listen on; "": do not listen
+    port: int = 0
+    authorized_keys: Path | None = None
+    trusted_user_ca_keys: Path | None = None
+    profile: str = ""  # "": the default one
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything the daemon is told from outside."""
 
@@ -126,6 +144,7 @@ class Config:
     profiles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the tables of the file, checked
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # the daemon's environment when it started
     proxies: Proxies = field(default_factory=Proxies)
+    ssh: SshSettings = field(default_factory=SshSettings)
 
     def resolve(self, caller: Caller) -> Profile | None:
         """The profile a request means; None: the embedded service.
@@ -193,11 +212,7 @@ class Config:
         )
 
     def _path(self, text: str) -> Path:
-        """A path of the file: ``~`` is the home, relative means beside the file."""
-        home = self.environ.get("HOME", "")
-        if home and (text == "~" or text.startswith("~/")):
-            text = home + text[1:]
-        return self.config_file.parent / text
+        return _beside(self.config_file, text, self.environ)
 
 
 class Settings:
@@ -262,6 +277,7 @@ def load(environ: Mapping[str, str]) -> Config:
             every=_either_case(environ, "all_proxy"),
             no_proxy=_either_case(environ, "no_proxy"),
         ),
+        ssh=_check_ssh(path, table.get("ssh", {}), environ),
     )
 
 
@@ -296,6 +312,48 @@ def _check_profile(path: Path, name: str, value: Any) -> Mapping[str, str]:
     checked["endpoint"] = check_endpoint(value["endpoint"], f"{where}.endpoint")
     checked["workspace_id"] = check_header(value.get("workspace_id", ""), f"{where}.workspace_id")
     return checked
+
+
+def _check_ssh(path: Path, table: Any, environ: Mapping[str, str]) -> SshSettings:
+    where = f"{path}: ssh"
+    kinds = {"listen": str, "authorized_keys": str, "trusted_user_ca_keys": str, "profile": str, "beyond_loopback": bool}
+    if not isinstance(table, dict):
+        raise config_error(f"{where} must be a table", "write [ssh]")
+    for key, value in table.items():
+        if key not in kinds:
+            raise config_error(f"{where}: unknown key {key!r}", f"known keys: {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise config_error(f"{where}.{key} must be {'true or false' if kinds[key] is bool else 'a string'}")
+    files = {
+        key: _beside(path, table[key], environ) if table.get(key) else None for key in ("authorized_keys", "trusted_user_ca_keys")
+    }
+    listen = table.get("listen", "")
+    host, _, port = listen.rpartition(":")
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    if listen:
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            raise config_error(
+                f"{where}.listen: not an address and a port: {printable(listen, 100)!r}", "such as 127.0.0.1:2222"
+            ) from None
+        if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            raise config_error(f"{where}.listen: not a port: {printable(port, 20)!r}", "such as 127.0.0.1:2222")
+        if not address.is_loopback and not table.get("beyond_loopback"):
+            raise config_error(
+                f"{where}.listen: others can reach {host}", "listen on 127.0.0.1, or say beyond_loopback = true if you mean it"
+            )
+        if not any(files.values()):
+            raise config_error(f"{where}: nobody could log in", "name a file: authorized_keys or trusted_user_ca_keys")
+    return SshSettings(host=host if listen else "", port=int(port) if listen else 0, profile=table.get("profile", ""), **files)
+
+
+def _beside(file: Path, text: str, environ: Mapping[str, str]) -> Path:
+    """A path of the file: ``~`` is the home, relative means beside the file."""
+    home = environ.get("HOME", "")
+    if home and (text == "~" or text.startswith("~/")):
+        text = home + text[1:]
+    return file.parent / text
 
 
 def check_endpoint(url: str, where: str) -> str:

@@ -22,6 +22,8 @@ from gatewayd.config import Settings, config_error
 from gatewayd.control import ControlServer
 from gatewayd.errors import GatewayError, printable
 from gatewayd.frontends.routes import Services
+from gatewayd.frontends.ssh.front import SshFront
+from gatewayd.frontends.ssh.target import Ways
 from gatewayd.frontends.stdio import ConnectServer
 from gatewayd.frontends.tcp import Forwards
 from gatewayd.sandbox.accounts import Accounts
@@ -37,7 +39,7 @@ STOP_DEADLINE = 8.0  # seconds for each step of the stop
 SUN_PATH_MAX = 107  # bytes of a Unix socket's path on Linux
 LISTEN_BACKLOG = 128
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-CHATTY = ("httpx2", "httpcore2", "websockets", "uvicorn", "asyncio")  # loggers that have nothing to say at INFO
+CHATTY = ("httpx2", "httpcore2", "websockets", "uvicorn", "asyncio", "asyncssh")  # loggers that have nothing to say at INFO
 
 
 class LineFormatter(logging.Formatter):
@@ -201,7 +203,10 @@ class Daemon:
         self._pool = Pool(self._directory)
         self._guests = Guests(self._directory, self._pool)
         self._forwards = Forwards(self._pool, self._guests)
-        self._connect = ConnectServer(settings, self._accounts, self._directory, self._pool, self._forwards, self._guests)
+        self._ssh = SshFront(settings, self._accounts, Ways(self._directory, self._pool, self._guests))
+        self._connect = ConnectServer(
+            settings, self._accounts, self._directory, self._pool, self._forwards, self._guests, self._ssh
+        )
         services = Services(
             settings,
             self._accounts,
@@ -221,6 +226,7 @@ class Daemon:
             loop.add_signal_handler(number, self._signalled, number)
         self._connect.start(self._sockets.connect)
         await self._control.start(self._sockets.control)
+        await self._ssh.start()
         gc.collect()
         gc.freeze()  # what start-up made stays: the collector need not look at it again
         sdnotify.notify("READY=1", self._environ)
@@ -236,6 +242,7 @@ class Daemon:
         self._sockets.unlink()
         steps = [
             ("connect.sock", self._connect.aclose()),
+            ("ssh", self._ssh.aclose()),
             ("forwards", self._forwards.aclose()),
             ("guests", self._guests.aclose()),
             ("links", self._pool.aclose()),

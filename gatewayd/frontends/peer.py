@@ -147,10 +147,14 @@ class Client:
             finally:
                 self._loop.remove_reader(watch)
 
+    def take_early(self) -> bytes:
+        """What came behind the request line, for whoever takes `sock` over."""
+        early, self._early = self._early, b""
+        return early
+
     def stream(self) -> ClientStream:
         """The connection as a byte stream, which owns the socket from now on."""
-        early, self._early = self._early, b""
-        return ClientStream(self.sock, early)
+        return ClientStream(self.sock, self.take_early())
 
     def close(self) -> None:
         """Idempotent, also after `stream`."""

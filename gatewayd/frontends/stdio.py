@@ -14,6 +14,7 @@ from gatewayd.frontends.execution import serve_exec
 from gatewayd.frontends.fields import Fields
 from gatewayd.frontends.guest import may_wake, serve_guest
 from gatewayd.frontends.peer import CancelOnHangup, Client, HungUp, peer_is_self
+from gatewayd.frontends.ssh.front import SshFront
 from gatewayd.frontends.suggest import hint_nearest
 from gatewayd.frontends.tcp import Forwards
 from gatewayd.relay import ByteStream, relay
@@ -34,7 +35,14 @@ class ConnectServer:
     """Serves connect.sock from `start` to `aclose`."""
 
     def __init__(
-        self, settings: Settings, accounts: Accounts, directory: Directory, pool: Pool, forwards: Forwards, guests: Guests
+        self,
+        settings: Settings,
+        accounts: Accounts,
+        directory: Directory,
+        pool: Pool,
+        forwards: Forwards,
+        guests: Guests,
+        ssh: SshFront,
     ) -> None:
         self._settings = settings
         self._accounts = accounts
@@ -42,6 +50,7 @@ class ConnectServer:
         self._pool = pool
         self._forwards = forwards
         self._guests = guests
+        self._ssh = ssh
         self._tasks = TaskOwner("connect")
 
     def start(self, listener: socket.socket) -> None:
@@ -123,6 +132,8 @@ class ConnectServer:
             with CancelOnHangup(client.sock):
                 remote: ByteStream = await self._pool.dial(account, sandbox, port, _notices(client), wake=wake)
             await self._join(client, remote, sandbox, port)
+        elif op == api.OP_SSH and not request.flag(api.FIELD_DIRECT):
+            await self._ssh.serve(client, account, sandbox, wake=wake, notice=_notices(client))
         elif op == api.OP_SSH:
             with CancelOnHangup(client.sock):
                 remote = await self._dial_sshd(account, sandbox, client, wake)

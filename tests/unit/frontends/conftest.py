@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gatewayd.frontends.ssh.front import SshFront
+from gatewayd.frontends.ssh.target import Ways
 from gatewayd.frontends.stdio import ConnectServer
 from tests.unit.frontends.caller import Caller
 from tests.unit.parts import Parts
@@ -20,7 +22,8 @@ async def connect(parts: Parts, tmp_path: Path) -> AsyncIterator[Path]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen()
-        server = ConnectServer(parts.settings, parts.accounts, parts.directory, parts.pool, parts.forwards, parts.guests)
+        ssh = SshFront(parts.settings, parts.accounts, Ways(parts.directory, parts.pool, parts.guests))
+        server = ConnectServer(parts.settings, parts.accounts, parts.directory, parts.pool, parts.forwards, parts.guests, ssh)
         server.start(listener)
         yield path
         await server.aclose()

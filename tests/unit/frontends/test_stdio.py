@@ -183,13 +183,13 @@ async def test_ssh_starts_sshd_when_nothing_listens(caller: Caller, service: Fak
     service.execute = execute
     async with service.front() as origin:
         service.boxes["x"]["dataplane_url"] = f"{origin}/dp/x"
-        await caller.ask(b"SSH-2.0-client\r\n", op="ssh", sandbox="x")
+        await caller.ask(b"SSH-2.0-client\r\n", op="ssh", sandbox="x", direct=True)
         assert await caller.line() == {"notice": "starting sshd in sandbox 'x'"}
         assert await caller.line() == {"ok": {}}
         assert await caller.read(16) == b"SSH-2.0-client\r\n"
         second = Caller(caller.path)
         await second.dial()
-        await second.ask(op="ssh", sandbox="x")
+        await second.ask(op="ssh", sandbox="x", direct=True)
         assert await second.line() == {"ok": {}}
         assert len(scripts) == 1
         second.close()
