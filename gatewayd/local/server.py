@@ -11,6 +11,7 @@ import ipaddress
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -37,6 +38,7 @@ log = logging.getLogger("gatewayd.local")
 
 EX_SOFTWARE, EX_OSFILE, EX_CANTCREAT = 70, 72, 73  # sysexits.h: internal; state unusable; port or directory in use
 BACKLOG = 1024
+MOST_DESCRIPTORS = 65536  # a command needs three, a stream of a tunnel one; usual limits are 1,024, and more when asked for
 
 
 class ListenError(Exception):
@@ -152,6 +154,7 @@ def _endpoint(sock: socket.socket, host: str) -> str:
 
 async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str, base: Path | None) -> int:
     memory.spare()
+    _allow_descriptors()
     from gatewayd.local.app import build_app
     from gatewayd.local.httpd import Tunnels, make_server
 
@@ -193,6 +196,14 @@ def _announce(endpoint: str, state: StateDir) -> None:
         sys.stdout.flush()
     except OSError as exc:
         log.warning("standard output: %s", exc)
+
+
+def _allow_descriptors() -> None:
+    """Use what the hard limit on descriptors leaves. Sandboxes inherit that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _handle_signals(server: Server, state: StateDir) -> None:

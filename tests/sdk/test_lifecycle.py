@@ -290,6 +290,15 @@ def test_nothing_leaks(own_service: Start, name: str) -> None:
         wait_until(lambda: settled() == before, f"as before: {before}, not {settled()}")
 
 
+def test_a_low_limit_of_descriptors_is_raised_as_far_as_it_may(own_service: Start, name: str) -> None:
+    service = own_service(wrapper=["prlimit", "--nofile=128:8192"])
+    with service.client() as client, client.sandbox(name=name) as made:
+        handles = [made.run("read line; echo $line", wait=False, close_input=False) for _ in range(60)]  # three each
+        for number, handle in enumerate(handles):
+            handle.send_input(f"{number}\n")
+        assert [handle.result.stdout for handle in handles] == [f"{number}\n" for number in range(60)]
+
+
 def test_no_disk_is_left(own_service: Start) -> None:
     service = own_service()
     with service.client() as client:
