@@ -221,6 +221,7 @@ class Attendance:
             self._sinks.pop(1).end()
 
     def _failed(self, event: Failed) -> None:
+        self._channel.flush(LEAVE_PATIENCE)
         if self._opened:
             raise Failure(ErrorKind.FAILED, f"the session has failed: {event.message}")
         codes = {"not-found": NOT_FOUND, "permission": NOT_ALLOWED}

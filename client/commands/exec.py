@@ -100,9 +100,10 @@ def _detached(settings: Settings, channel: Channel) -> int:
     try:
         for event in channel.events():
             if isinstance(event, Failed):
+                channel.flush(1.0)
                 raise Failure(ErrorKind.FAILED, f"cannot run the command: {event.message}")
             if isinstance(event, Opened):
-                channel.flush(1.0)
+                channel.close()  # nothing is acknowledged: output that came along is for whoever attaches
                 value = {"session": number, "sandbox": channel.sandbox, "pid": int(event.fields.get("pid", b"0") or 0)}
                 settings.show(value, lambda: f"session {number[:8]}; `sandbox attach {channel.sandbox} {number[:8]}`", [number])
                 return 0
