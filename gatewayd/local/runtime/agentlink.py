@@ -64,6 +64,8 @@ class AgentLink:
         number = message.get("errno")
         if isinstance(number, int):
             packets.close_all(fds)
+            if unwanted is not None and isinstance(done := message.get("ok"), dict):  # its descriptors found no room here
+                unwanted(done)
             raise OSError(number, os.strerror(number), str(message.get("where", ""))[:200])
         ok = message.get("ok")
         return (ok if isinstance(ok, dict) else {}), fds

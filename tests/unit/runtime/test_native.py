@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import resource
 import signal
 import socket
 import stat
@@ -55,6 +57,26 @@ async def test_what_cannot_be_started_says_why(box: NativeBox, argv: list[str], 
     with pytest.raises(OSError) as caught:
         await run(box, *argv, **options)
     assert caught.value.errno == number
+
+
+async def test_a_service_out_of_descriptors_for_a_moment_keeps_its_sandbox(box: NativeBox) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))  # noqa: PTH208
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+    fillers: list[int] = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                fillers.append(os.dup(0))
+        with pytest.raises(OSError) as caught:
+            await box.spawn(SpawnSpec(["/bin/sh", "-c", "exit 0"]))
+    finally:
+        for fd in fillers:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.errno == errno.EMFILE
+    assert await sh(box, "echo alive") == "alive\n"
+    assert not box.ended.done()
 
 
 async def test_too_large_a_request_is_refused_and_harms_nothing(box: NativeBox) -> None:

@@ -161,15 +161,24 @@ class Agent:
                     ours.append(out_r)
                     theirs.append(out_w)
             pid = self._fork_exec(request, account, theirs)
+            try:
+                self._answer(request, {"pid": pid}, tuple(ours))
+            except OSError:  # too many descriptors on their way (ETOOMANYREFS): the service never hears of this process
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
             self._children.add(pid)
-            self._answer(request, {"pid": pid}, tuple(ours))
         finally:
             packets.close_all(ours + theirs)
 
     def _fork_exec(self, request: Request, account: accounts.Account, stdio: list[int]) -> int:
         """Fork and exec; the child reports a failed step through a close-on-exec pipe as ``errno where``."""
         report_r, report_w = os.pipe2(os.O_CLOEXEC)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # no process more: what the pipe took must not be lost each time
+            packets.close_all([report_r, report_w])
+            raise
         if pid == 0:
             try:
                 self._become(request, account, stdio)
@@ -296,7 +305,10 @@ class Agent:
 
     def _connected(self, sock: socket.socket, request: Request) -> None:
         with sock:
-            self._answer(request, {}, (sock.fileno(),))
+            try:
+                self._answer(request, {}, (sock.fileno(),))
+            except OSError as exc:  # too many descriptors on their way (ETOOMANYREFS); or the channel, which the next line finds
+                self._send({"id": request["id"], "errno": exc.errno or errno.EIO, "where": ""})
 
     def _connect_ready(self, fd: int) -> None:
         sock, request, index, deadline = self._forget_connect(fd)

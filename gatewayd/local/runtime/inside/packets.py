@@ -50,7 +50,8 @@ def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """The next packet and its descriptors (close-on-exec), or None at the end.
 
-    When descriptors did not fit, into the buffer or into this process's table, none is kept and the packet says EMFILE.
+    When descriptors did not fit, into the buffer or into this process's table, none is kept and the packet says EMFILE beside
+    what it says: what was done to make them is done.
 
     Raises:
         PacketError: truncated, not JSON, or not an object; its descriptors are closed.
@@ -75,7 +76,7 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         raise exc if isinstance(exc, PacketError) else PacketError("a packet that is no JSON") from exc
     if flags & socket.MSG_CTRUNC:
         close_all(fds)
-        return {"id": message.get("id"), "errno": errno.EMFILE, "where": "descriptors"}, []
+        return {**message, "errno": errno.EMFILE, "where": "descriptors"}, []
     return message, list(fds)
 
 
