@@ -10,20 +10,21 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-import uuid
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from gatewayd.local.clock import Clock
+from gatewayd.local.creation import millicores, new_record, wanted_snapshot
 from gatewayd.local.envelope import ServiceError, not_found, printable
-from gatewayd.local.models import DEFAULT_DELETE_AFTER_STOP, DEFAULT_IDLE_TTL, CreateBody, PatchBody, RunConfig
+from gatewayd.local.models import CreateBody, PatchBody, merged
 from gatewayd.local.names import generate_name
 from gatewayd.local.runtime.base import BoxSpec, Runtime, RuntimeFailure
 from gatewayd.local.sandbox import Run, Sandbox
+from gatewayd.local.snapshots import Snapshots
 from gatewayd.local.storage import ADVICE, WriteFailure, is_full, refused, storage_full
-from gatewayd.local.store import Record, Store
+from gatewayd.local.store import Store
 from gatewayd.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,15 @@ SHUTDOWN_GRACE = 1.0  # seconds between SIGTERM and SIGKILL inside sandboxes whe
 class Boxes:
     """All sandboxes of this service. Use from the event loop only."""
 
-    def __init__(self, store: Store, runtime: Runtime, clock: Clock | None = None) -> None:
+    def __init__(
+        self, store: Store, runtime: Runtime, clock: Clock | None = None, environ: Mapping[str, str] | None = None
+    ) -> None:
+        """`environ`: what of the service's environment concerns fetching images."""
         self._store = store
         self._runtime = runtime
         self.clock = clock or Clock()  # what TTLs go by
+        self.snapshots = Snapshots(store, runtime.layers, self.clock, environ or {})
+        self.snapshots.users = self._made_from
         self._unsaved: set[str] = set()  # ids of sandboxes whose row is older than their record: the disk was full
         self._by_id: dict[str, Sandbox] = {}
         self._by_name: dict[str, Sandbox] = {}
@@ -52,6 +58,7 @@ class Boxes:
         """Take stock after a start: what ran when a service was killed is stopped, what was being deleted is deleted."""
         await self._runtime.recover()
         self._store.reserve.keep()
+        await self.snapshots.recover()
         disks = await self._runtime.disks()
         for record in self._store.load():
             sandbox = Sandbox(record, self.clock.monotonic)
@@ -88,6 +95,9 @@ class Boxes:
         """Every sandbox, oldest first."""
         return list(self._by_id.values())
 
+    def _made_from(self, snapshot_id: str) -> list[str]:
+        return [sandbox.record.name for sandbox in self.all() if sandbox.record.snapshot_id == snapshot_id]
+
     # -- control plane
 
     async def create(self, body: CreateBody) -> Sandbox:
@@ -101,22 +111,7 @@ class Boxes:
         name = body.name or generate_name(self._by_name)
         if name in self._by_name:
             raise ServiceError(409, "Conflict", f"Sandbox name '{name}' already in use")
-        time = self.clock.stamp()
-        record = Record(
-            id=str(uuid.uuid4()),
-            name=name,
-            status="provisioning",
-            created_at=time,
-            updated_at=time,
-            idle_ttl_seconds=DEFAULT_IDLE_TTL if body.idle_ttl_seconds is None else body.idle_ttl_seconds,
-            delete_after_stop_seconds=body.delete_after_stop_seconds or DEFAULT_DELETE_AFTER_STOP,
-            millicores=_millicores(body),
-            mem_bytes=body.mem_bytes,
-            fs_capacity_bytes=body.fs_capacity_bytes,
-            labels=body.labels or {},
-            env_vars=body.env_vars or {},
-            run_config=body.run_config.model_dump(exclude_none=True) if body.run_config else None,
-        )
+        record = new_record(body, name, self.clock.stamp(), wanted_snapshot(self.snapshots, body))
         try:
             self._store.insert(record)
         except WriteFailure as exc:
@@ -157,10 +152,10 @@ class Boxes:
         for key in ("idle_ttl_seconds", "delete_after_stop_seconds", "mem_bytes", "fs_capacity_bytes", "labels"):
             if (value := getattr(body, key)) is not None:
                 changes[key] = value
-        if (millicores := _millicores(body)) is not None:
-            changes["millicores"] = millicores
+        if (value := millicores(body)) is not None:
+            changes["millicores"] = value
         if body.run_config is not None:
-            changes["run_config"] = _merged(record.run_config or {}, body.run_config)
+            changes["run_config"] = merged(record.run_config or {}, body.run_config)
         try:
             self._save(sandbox, **changes)
         except sqlite3.IntegrityError as exc:
@@ -226,6 +221,7 @@ class Boxes:
     async def aclose(self) -> None:
         """Stop every sandbox, release the runtime and close the store; idempotent."""
         self.ending.set()
+        await self.snapshots.aclose()
         waiting = []
         for sandbox in self.all():
             if sandbox.run is not None or sandbox.lock.locked():
@@ -252,7 +248,8 @@ class Boxes:
             self._note(sandbox, status="provisioning", status_message=None)
             record = sandbox.record
             vcpus = None if record.millicores is None else record.millicores / 1000
-            spec = BoxSpec(record.id, record.name, vcpus, record.mem_bytes, record.fs_capacity_bytes)
+            layers = tuple(self.snapshots.get(record.snapshot_id).layers) if record.snapshot_id is not None else ()
+            spec = BoxSpec(record.id, record.name, vcpus, record.mem_bytes, record.fs_capacity_bytes, layers)
             try:
                 async with asyncio.timeout(START_DEADLINE):
                     box = await self._runtime.start(spec)
@@ -313,6 +310,8 @@ class Boxes:
     async def _halt(self, sandbox: Sandbox, run: Run, why: str, grace: float) -> None:
         """End a run: first the box, so that commands end and tell their clients, then what hangs on it."""
         sandbox.run = None  # a request that comes now waits for the lock and starts it again
+        # Said before anything breaks: whoever asks because a connection ended must not learn that it is ready, and start it anew.
+        self._note(sandbox, status="stopped", status_message=why or None, stopped_at=self.clock.stamp())
         closing = [self._tasks.start(tunnel.aclose(), "close tunnel") for tunnel in run.tunnels]
         try:
             async with asyncio.timeout(STOP_DEADLINE):
@@ -380,16 +379,3 @@ class Boxes:
         if sandbox.record.status == "deleting":
             raise ServiceError(409, "Conflict", f"Sandbox '{sandbox.record.name}' is being deleted")
 
-
-def _millicores(body: CreateBody | PatchBody) -> int | None:
-    if body.cpu_millicores is not None:
-        return body.cpu_millicores
-    return None if body.vcpus is None else body.vcpus * 1000
-
-
-def _merged(old: Mapping[str, Any], change: RunConfig) -> dict[str, Any]:
-    """`user` and `work_dir` replace, `env_vars` merge."""
-    merged = {**old, **change.model_dump(exclude_none=True)}
-    if change.env_vars is not None:
-        merged["env_vars"] = {**old.get("env_vars", {}), **change.env_vars}
-    return merged
