@@ -281,6 +281,7 @@ class Attendance:
         """Do what was asked for on the keyboard; whether to go on."""
         if action == escapes.LEAVE:
             self._leave(exit_code("HUP"))
+            self._parting = f"left sandbox {self._channel.sandbox!r}"
         elif action == escapes.DETACH:
             self._detach(0)
             self._parting = f"detached; `sandbox attach {self._channel.sandbox} {self._session.id.hex()[:8]}` comes back"
