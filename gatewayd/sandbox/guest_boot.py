@@ -64,10 +64,15 @@ def whole(path):
         return False
 def private(path):
     try:
-        os.makedirs(path, 0o700, exist_ok=True)
         info = os.lstat(path)
         ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
         return ours and os.access(path, os.W_OK)
+    except OSError:
+        return False
+def made(path):
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        return private(path)
     except OSError:
         return False
 places = ["%s/.gatewayd-%d" % (place, os.getuid()) for place in ("/tmp", "/dev/shm", "/var/tmp")]
@@ -83,16 +88,14 @@ if uploaded:
             pass
         print("GATEWAYD-DAMAGED")
         sys.exit(0)
-places = [place for place in places if private(place)]
-for place in places:
+for place in filter(private, places):
     file = os.path.join(place, name)
     if whole(file):
-        sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-I", "-S", file, "start"])
-if places:
-    print("GATEWAYD-UPLOAD %s/%s.%s" % (places[0], name, os.urandom(4).hex()))
-else:
-    print("GATEWAYD-NOWHERE")
+for place in filter(made, places):
+    print("GATEWAYD-UPLOAD %s/%s.%s" % (place, name, os.urandom(4).hex()))
+    sys.exit(0)
+print("GATEWAYD-NOWHERE")
 """
 
 

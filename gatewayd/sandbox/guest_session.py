@@ -35,6 +35,7 @@ from gatewayd.yamux.aio import MuxStream
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT = 120.0  # seconds for a session to begin, boot and all
+FIRST_TRIES = 3  # connections for a new session
 BACKOFF_BASE, BACKOFF_MAX = 0.2, 3.0  # seconds between connections that fail
 CLOSE_WAIT = 2.0  # seconds `aclose` waits for the guest to know
 CLOSE_LINGER = 30.0  # seconds in which a broken connection is replaced to tell it
@@ -93,7 +94,8 @@ class GuestSession:
         self._wake = asyncio.Event()  # something for the sender
         self._timer: asyncio.TimerHandle | None = None  # for the next delayed acknowledgement
         self._closing = False  # aclose was called: nothing is handed out any more
-        self._finishing = False  # the session is over once the guest has acknowledged all
+        self._sending = False  # a frame is being written
+        self._last_call: asyncio.TimerHandle | None = None  # ends what takes too long to finish
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -113,6 +115,8 @@ class GuestSession:
         except BaseException:
             self._abandon()
             raise
+        if self._error is not None:
+            await self.aclose()
         self._raise_error()
 
     # -- Session ------------------------------------------------------------------------------------------------------
@@ -211,7 +215,9 @@ class GuestSession:
 
     def _finish(self) -> None:
         """Hand nothing out any more, and end when the guest knows all there is to know."""
-        self._closing = self._finishing = True
+        if self._closing:
+            return
+        self._closing = True
         for stream, buffer in self._buffers.items():
             self._core.stop_output(stream)  # nothing after CLOSE
             buffer.chunks.clear()
@@ -219,8 +225,12 @@ class GuestSession:
         self._room.set()
         self._wake.set()
         nothing_runs = self._core.mode == Mode.OPEN  # OPEN has not been sent
-        if self._runner is not None and (nothing_runs or not self._core.unacknowledged):
+        if self._runner is None:
+            self._over.set()
+        elif nothing_runs or self._done:
             self._runner.cancel()
+        else:
+            self._last_call = self._loop.call_later(CLOSE_LINGER, self._runner.cancel)
 
     @property
     def _complete(self) -> bool:
@@ -228,6 +238,13 @@ class GuestSession:
         if not all(buffer.eof for buffer in self._buffers.values()):
             return False
         return self._core.input_ended if self._connection else self._exit.done() and self._error is None
+
+    @property
+    def _done(self) -> bool:
+        """Whether nothing is left to be said, either way."""
+        if self._core.ended:
+            return True
+        return not self._core.unacknowledged and (self._core.closed or (self._connection and self._complete))
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -251,8 +268,9 @@ class GuestSession:
 
     def _ended(self, _: asyncio.Task[None]) -> None:
         """The last thing that happens, however it came."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._last_call):
+            if timer is not None:
+                timer.cancel()
         self._core.disconnected()
         error = GatewayError(f"the session in sandbox {self._host.sandbox!r} is over", kind=ErrorKind.UNAVAILABLE)
         self._lose(error, only_exit=self._complete)
@@ -262,49 +280,65 @@ class GuestSession:
 
     async def _first(self, notice: Notice | None, wake: bool) -> MuxStream:
         """A connection that breaks before its answer is replaced: opening twice is opening once."""
-        try:
-            return await self._host.resume(self._core, notice, wake=wake)
-        except GatewayError as exc:
-            if exc.kind != ErrorKind.UNAVAILABLE or self._finishing:
-                raise
-            log.info("%s; trying again", exc.message)
-            return await self._host.resume(self._core, notice, wake=wake)
+        if self._core.mode == Mode.RESUME:  # accepted inside: there already
+            return await self._again()
+        for attempt in range(FIRST_TRIES - 1):
+            try:
+                return await self._host.resume(self._core, notice, wake=wake)
+            except GatewayError as exc:
+                if exc.kind != ErrorKind.UNAVAILABLE or self._closing:
+                    raise
+                log.info("%s; trying again", exc.message)
+            await asyncio.sleep(backoff(attempt, BACKOFF_BASE, BACKOFF_MAX))
+        return await self._host.resume(self._core, notice, wake=wake)
 
     async def _carry(self, stream: MuxStream) -> bool:
         """Receive until the connection breaks; whether the session is over."""
         sender = self._owner.start(self._send(stream), f"send {self._host.sandbox}")
         if self._core.opened:
             self._opened.set()
+        done = False
         try:
-            while not (self._finishing and not self._core.unacknowledged):
+            while not self._done:
                 data = await stream.read(READ)
                 if not data:
                     break
                 for event in self._core.receive(data, self._loop.time()):
                     self._on_event(event)
                 self._wake.set()
-                if self._core.ended:
-                    break
                 self._set_timer()
+            done = self._done
+            if done:
+                await self._last_word(stream)
         except (OSError, GatewayError) as exc:
             log.info("session in %s: %s", self._host.sandbox, exc)
         finally:
             sender.cancel()
             self._core.disconnected()
-            over = self._core.ended or (self._finishing and not self._core.unacknowledged)
-            if over:
+            if done:
                 await stream.aclose()
             else:
                 stream.abort()
-        return over or self._complete
+        return done or self._complete
+
+    async def _last_word(self, stream: MuxStream) -> None:
+        """The guest keeps a session until it knows that we have all of it."""
+        self._core.acknowledge()
+        if not self._sending and (frames := self._core.data_to_send()):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_WAIT):
+                    await stream.write(b"".join(frames))
 
     async def _send(self, stream: MuxStream) -> None:
         """Whatever is queued, whenever something is."""
+        self._sending = False
         try:
             while True:
                 frames = self._core.data_to_send()
                 if frames:
+                    self._sending = True
                     await stream.write(frames[0] if len(frames) == 1 else b"".join(frames))
+                    self._sending = False
                     continue
                 self._wake.clear()
                 await self._wake.wait()
@@ -323,7 +357,7 @@ class GuestSession:
                 if exc.kind not in RETRIED:
                     raise self._gone(exc) from exc
                 waited = self._loop.time() - began
-                if waited >= (min(CLOSE_LINGER, self._linger) if self._finishing else self._linger):
+                if waited >= self._linger:
                     raise GatewayError(
                         f"sandbox {sandbox!r} cannot be reached for {waited:.0f} s: the session is over",
                         kind=ErrorKind.UNAVAILABLE,

@@ -26,8 +26,10 @@ ACCEPTING_MAX = 256  # accepted connections of one listener that are being serve
 class GuestStream(GuestSession):
     """A connection inside the sandbox, as a `relay.ByteStream`."""
 
-    def __init__(self, host: GuestHost, core: ClientSession, owner: TaskOwner, what: str) -> None:
-        super().__init__(host, core, owner, what=what, streams=(STDOUT,), connection=True)
+    def __init__(
+        self, host: GuestHost, core: ClientSession, owner: TaskOwner, what: str, *, linger: float = wire.LINGER
+    ) -> None:
+        super().__init__(host, core, owner, what=what, streams=(STDOUT,), linger=linger, connection=True)
 
     async def read(self, limit: int = 262144, _: int = 0, /) -> bytes:
         """1 to `limit` bytes, b"" at the end of the peer's direction. Raises GatewayError; StreamReset for a reset."""

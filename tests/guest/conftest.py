@@ -70,7 +70,8 @@ class Service:
 class World:
     """The gateway's parts, and a sandbox."""
 
-    account: Account
+    account: Account  # through the relay
+    control: Account  # past it
     directory: Directory
     pool: Pool
     guests: Guests
@@ -79,15 +80,15 @@ class World:
 
     async def sh(self, script: str) -> str:
         """Run a script inside, not through the guest; its output."""
-        place, _ = await self.directory.locate(self.account, self.sandbox)
-        answer = await self.account.rest.execute(
+        place, _ = await Directory().locate(self.control, self.sandbox)
+        answer = await self.control.rest.execute(
             place.url, {"command": script, "shell": "/bin/sh"}, action="run", sandbox=self.sandbox, deadline=30
         )
         assert answer["exit_code"] == 0, answer
         return str(answer["stdout"])
 
     async def status(self) -> Any:
-        return (await self.account.rest.status(self.sandbox))["status"]
+        return (await self.control.rest.status(self.sandbox))["status"]
 
 
 @pytest.fixture(scope="session")
@@ -101,34 +102,70 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 _numbers = itertools.count(1)
 
 
-async def open_world(service: Service, cutter: Cutter) -> World:
+def account_at(port: int, key: str) -> Account:
+    profile = Profile(name="test", endpoint=f"http://127.0.0.1:{port}", api_key=key)
+    return Account(profile, FixedAccess(profile), Proxies())
+
+
+def open_world(service: Service, cutter: Cutter) -> World:
     """Through the relay: the service's data planes are where its requests came to."""
-    profile = Profile(name="test", endpoint=f"http://127.0.0.1:{cutter.port}", api_key=service.key)
-    account = Account(profile, FixedAccess(profile), Proxies())
+    account, control = account_at(cutter.port, service.key), account_at(service.port, service.key)
     directory = Directory()
     pool = Pool(directory)
-    return World(account, directory, pool, Guests(directory, pool), cutter)
+    return World(account, control, directory, pool, Guests(directory, pool), cutter)
 
 
 async def close_world(world: World) -> None:
     await world.guests.aclose()
     await world.pool.aclose()
     await world.account.rest.aclose()
+    await world.control.rest.aclose()
     await asyncio.sleep(0)
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and not task.done()]
     assert left == []
 
 
+async def make_sandbox(account: Account) -> str:
+    name = f"guest-{os.getpid()}-{next(_numbers)}"
+    await account.rest.create({"name": name})
+    await wait_for(account.rest, name, "ready", 60.0)
+    return name
+
+
+@pytest.fixture(scope="session")
+def shared_sandbox(service: Service) -> str:
+    """Of the tests that leave it running; it goes with the service."""
+
+    async def make() -> str:
+        account = account_at(service.port, service.key)
+        try:
+            return await make_sandbox(account)
+        finally:
+            await account.rest.aclose()
+
+    return asyncio.run(make())
+
+
 @pytest.fixture
-async def world(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+async def world(service: Service, shared_sandbox: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """With a sandbox that other tests use too, and the guest that they started."""
+    monkeypatch.setattr(pool_module, "BACKOFF_BASE", 0.01)
+    monkeypatch.setattr(guest_session, "BACKOFF_BASE", 0.01)
+    with Cutter(service.port) as cutter:
+        world = open_world(service, cutter)
+        world.sandbox = shared_sandbox
+        yield world
+        await close_world(world)
+
+
+@pytest.fixture
+async def own(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     """With a sandbox of its own."""
     monkeypatch.setattr(pool_module, "BACKOFF_BASE", 0.01)
     monkeypatch.setattr(guest_session, "BACKOFF_BASE", 0.01)
     with Cutter(service.port) as cutter:
-        world = await open_world(service, cutter)
-        world.sandbox = f"guest-{os.getpid()}-{next(_numbers)}"
-        await world.account.rest.create({"name": world.sandbox})
-        await wait_for(world.account.rest, world.sandbox, "ready", 60.0)
+        world = open_world(service, cutter)
+        world.sandbox = await make_sandbox(world.control)
         yield world
-        await world.account.rest.delete(world.sandbox)
+        await world.control.rest.delete(world.sandbox)
         await close_world(world)

@@ -15,6 +15,7 @@ class Cutter:
     def __init__(self, target: int) -> None:
         self.after = 1 << 40  # bytes from the server that one connection may carry
         self.cuts = 0  # connections reset so far
+        self.refusing = False  # new connections are closed at once
         self._target = target
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
@@ -54,6 +55,9 @@ class Cutter:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._server.accept()
+                if self.refusing:
+                    client.close()
+                    continue
                 server = socket.create_connection(("127.0.0.1", self._target))
                 for sock in (client, server):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -318,3 +318,13 @@ def test_the_end() -> None:
     assert session.unacknowledged == 5
     session.receive(ack(session._first + 5), 0.0)
     assert session.unacknowledged == 0
+
+
+def test_the_last_acknowledgement_need_not_wait() -> None:
+    session = running()
+    session.data_to_send()
+    session.receive(fields(Kind.ERROR, message="no"), 0.0)
+    session.acknowledge()
+    assert frames(session) == [(Kind.ACK, struct.pack(">Q", session.received))]
+    session.acknowledge()
+    assert frames(session) == []
