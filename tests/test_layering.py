@@ -94,6 +94,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "python_multipart": ("gatewayd.local",),
     "uvloop": ("gatewayd.daemon", "gatewayd.__main__", "gatewayd.local"),
     "click": ("client",),
+    "cryptography": ("gatewayd.local.vault",),
 }
 
 PURE = (

@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 from gatewayd.local.description import answers
 from gatewayd.local.envelope import ServiceError, unsupported
 from gatewayd.local.listing import invalid
-from gatewayd.local.models import DEFAULT_SNAPSHOT_NAME
 from gatewayd.local.rest_server import MAX_PAGE, Cursor, boxes_of
 
 SECRETS = "/api/v1/workspaces/current/secrets"
@@ -23,7 +22,6 @@ workspace_router = APIRouter()  # at the top
 dataplane_router = APIRouter()  # too
 
 PageSize = Annotated[int, Query(ge=1, le=MAX_PAGE)]
-Offset = Annotated[int, Query(ge=0)]
 
 
 def _missing(what: str, name: str) -> ServiceError:
@@ -33,47 +31,6 @@ def _missing(what: str, name: str) -> ServiceError:
 def _refuse_cursor(cursor: str | None) -> None:
     if cursor is not None:
         raise invalid("cursor", "is not a next_cursor of this list")
-
-
-@router.post("/snapshots", responses=answers(None, 422))
-@router.delete("/snapshots/{_reference}", responses=answers(None, 422))
-async def no_snapshots() -> None:
-    """Snapshots cannot be made or removed."""
-    raise unsupported(f"this service has the one snapshot {DEFAULT_SNAPSHOT_NAME!r} and makes no others")
-
-
-@router.post("/boxes/{name}/snapshot", responses=answers(None, 404, 422))
-async def no_capture(request: Request, name: str) -> None:
-    """A sandbox cannot be made a snapshot of."""
-    boxes_of(request).get(name)
-    await no_snapshots()
-
-
-@router.post("/registries", responses=answers(None, 422))
-async def no_registry() -> None:
-    """Registries are for images, and none are pulled."""
-    raise unsupported(f"this service pulls no images: its sandboxes run the one snapshot {DEFAULT_SNAPSHOT_NAME!r}")
-
-
-@router.get("/registries", responses=answers("RegistryList"))
-async def list_registries(
-    limit: PageSize = 50,
-    page_size: PageSize = 50,
-    offset: Offset = 0,
-    cursor: Cursor = None,
-    name_contains: str | None = None,
-) -> dict[str, Any]:
-    """There are none."""
-    _refuse_cursor(cursor)
-    return {"registries": [], "items": [], "next_cursor": None, "offset": offset}
-
-
-@router.get("/registries/{name}", responses=answers(None, 404))
-@router.patch("/registries/{name}", responses=answers(None, 404))
-@router.delete("/registries/{name}", responses=answers(None, 404))
-async def no_such_registry(name: str) -> None:
-    """There is none of any name."""
-    raise _missing("Registry", name)
 
 
 @router.post("/boxes/{name}/service-url", responses=answers(None, 404, 422))

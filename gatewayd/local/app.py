@@ -11,7 +11,18 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from gatewayd.local import absent, dataplane, description, exec_sse, exec_ws, files, rest_server, search
+from gatewayd.local import (
+    absent,
+    dataplane,
+    description,
+    exec_sse,
+    exec_ws,
+    files,
+    registry_routes,
+    rest_server,
+    search,
+    snapshot_routes,
+)
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.envelope import STATUS_TYPES, ServiceError, error_response, validation_response
 from gatewayd.local.guard import Guard, GuardMiddleware
@@ -25,7 +36,7 @@ def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
     app = FastAPI(title="gatewayd local", version=version() or "0", docs_url=None, redoc_url=None)
     app.state.boxes = boxes
     for prefix, tag in zip(rest_server.PREFIXES, description.TAGS, strict=False):
-        for router in (rest_server.router, absent.router):
+        for router in (rest_server.router, snapshot_routes.router, registry_routes.router, absent.router):
             app.include_router(router, prefix=prefix, tags=[tag["name"]])
     app.include_router(absent.workspace_router, tags=["workspace"])
     app.include_router(absent.dataplane_router)

@@ -248,7 +248,8 @@ class Boxes:
             self._note(sandbox, status="provisioning", status_message=None)
             record = sandbox.record
             vcpus = None if record.millicores is None else record.millicores / 1000
-            layers = tuple(self.snapshots.get(record.snapshot_id).layers) if record.snapshot_id is not None else ()
+            snapshot = self.snapshots.find(record.snapshot_id) if record.snapshot_id is not None else None
+            layers = tuple(snapshot.layers) if snapshot is not None else ()
             spec = BoxSpec(record.id, record.name, vcpus, record.mem_bytes, record.fs_capacity_bytes, layers)
             try:
                 async with asyncio.timeout(START_DEADLINE):

@@ -32,7 +32,7 @@ _MEANINGS = {
     401: "no API key, or a wrong one",
     404: "there is nothing of that name",
     408: "not ready within `timeout`",
-    409: "the name is taken, or the sandbox is being deleted",
+    409: "the name is taken, the thing is in use, or the sandbox is being deleted",
     422: "not available in this service",
     503: "the service is ending",
     507: "no space is left on the disk that holds the service's state",

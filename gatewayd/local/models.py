@@ -6,6 +6,7 @@ in the body: an answer never pretends.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -14,7 +15,6 @@ from gatewayd.local.names import name_problem
 
 DEFAULT_SNAPSHOT_ID = "6f1c1f6e-8a5d-5a5e-9a3e-0d9c1b7d2f10"  # fixed: the snapshot made of the host's own /usr
 DEFAULT_SNAPSHOT_NAME = "default"
-DEFAULT_SNAPSHOT_REFERENCES = (DEFAULT_SNAPSHOT_ID, DEFAULT_SNAPSHOT_NAME, f"{DEFAULT_SNAPSHOT_NAME}:latest")
 DEFAULT_IDLE_TTL = 600  # seconds without use after which a sandbox is stopped (protocol section 1, *create*)
 DEFAULT_DELETE_AFTER_STOP = 0  # a stopped sandbox is kept until it is deleted
 
@@ -89,7 +89,7 @@ CommandId = Annotated[StrictStr, Field(pattern=r"^[!-~]{1,128}$")]  # chosen by 
 AbsolutePath = Annotated[StrictStr, Field(max_length=MAX_PATH), AfterValidator(_absolute)]
 
 
-def _not_here(what: str) -> AfterValidator:
+def not_here(what: str) -> AfterValidator:
     """Refuse any value that asks for something: absent, null, false and empty ask for nothing."""
 
     def check(value: Any) -> Any:
@@ -125,14 +125,8 @@ def _persistent(value: bool | None) -> bool | None:
     return value
 
 
-def _snapshot(value: str | None) -> str | None:
-    if value and value not in DEFAULT_SNAPSHOT_REFERENCES:
-        raise ValueError(f"there is no snapshot {value[:200]!r}: this service has one, {DEFAULT_SNAPSHOT_NAME!r}")
-    return value
-
-
 ProxyConfig = Annotated[Any, AfterValidator(_proxy_config)]
-Snapshot = Annotated[StrictStr | None, AfterValidator(_snapshot)]
+SnapshotReference = Annotated[Text, Field(max_length=512)]
 
 
 class RunConfig(BaseModel):
@@ -145,13 +139,21 @@ class RunConfig(BaseModel):
     env_vars: Env | None = None
 
 
+def merged(old: Mapping[str, Any], change: RunConfig) -> dict[str, Any]:
+    """A run_config laid over another: `user` and `work_dir` replace, `env_vars` merge."""
+    made = {**old, **change.model_dump(exclude_none=True)}
+    if change.env_vars is not None:
+        made["env_vars"] = {**old.get("env_vars", {}), **change.env_vars}
+    return made
+
+
 class CreateBody(BaseModel):
     """POST /boxes."""
 
     name: Name | None = None  # none: one is made up
-    snapshot_id: Snapshot = None
-    snapshot_name: Snapshot = None
-    snapshot: Snapshot = None
+    snapshot_id: SnapshotReference | None = None
+    snapshot_name: SnapshotReference | None = None
+    snapshot: SnapshotReference | None = None  # name, name:tag or id
     vcpus: Vcpus | None = None
     cpu_millicores: Millicores | None = None  # goes before vcpus
     mem_bytes: Memory | None = None
@@ -165,12 +167,12 @@ class CreateBody(BaseModel):
     timeout: Annotated[float, Field(strict=True, gt=0, le=3600)] = 30  # seconds; only with wait_for_ready
     proxy_config: ProxyConfig = None
     persistent: Annotated[StrictBool | None, AfterValidator(_persistent)] = None
-    mount_config: Annotated[Any, _not_here("mount_config")] = None
-    volumes: Annotated[Any, _not_here("volumes")] = None
-    tag_value_ids: Annotated[Any, _not_here("tag_value_ids")] = None
-    access_delegation: Annotated[Any, _not_here("access_delegation")] = None
-    preserve_memory_on_stop: Annotated[Any, _not_here("preserve_memory_on_stop")] = None
-    restore_memory: Annotated[Any, _not_here("restore_memory")] = None
+    mount_config: Annotated[Any, not_here("mount_config")] = None
+    volumes: Annotated[Any, not_here("volumes")] = None
+    tag_value_ids: Annotated[Any, not_here("tag_value_ids")] = None
+    access_delegation: Annotated[Any, not_here("access_delegation")] = None
+    preserve_memory_on_stop: Annotated[Any, not_here("preserve_memory_on_stop")] = None
+    restore_memory: Annotated[Any, not_here("restore_memory")] = None
 
     @model_validator(mode="after")
     def _check(self) -> CreateBody:
@@ -192,7 +194,7 @@ class PatchBody(BaseModel):
     labels: Labels | None = None
     run_config: RunConfig | None = None
     proxy_config: ProxyConfig = None
-    tag_value_ids: Annotated[Any, _not_here("tag_value_ids")] = None
+    tag_value_ids: Annotated[Any, not_here("tag_value_ids")] = None
 
 
 class CommandBody(BaseModel):

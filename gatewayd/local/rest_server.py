@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,9 +11,8 @@ from pydantic import AfterValidator
 
 from gatewayd.local.boxes import Boxes
 from gatewayd.local.description import answers
-from gatewayd.local.envelope import ServiceError
 from gatewayd.local.listing import MAX_CURSOR, Order
-from gatewayd.local.models import DEFAULT_SNAPSHOT_ID, DEFAULT_SNAPSHOT_NAME, DEFAULT_SNAPSHOT_REFERENCES, CreateBody, PatchBody
+from gatewayd.local.models import DEFAULT_SNAPSHOT_ID, CreateBody, PatchBody
 from gatewayd.local.store import Record
 
 PREFIXES = ("/v2/sandboxes", "/api/v2/sandboxes")  # the SDK's own client; the generated clients
@@ -59,7 +58,7 @@ def view(record: Record, request: Request) -> dict[str, Any]:
         "idle_ttl_seconds": record.idle_ttl_seconds,
         "delete_after_stop_seconds": record.delete_after_stop_seconds,
         "stopped_at": record.stopped_at,
-        "snapshot_id": DEFAULT_SNAPSHOT_ID,
+        "snapshot_id": record.snapshot_id or DEFAULT_SNAPSHOT_ID,
         "vcpus": int(vcpus) if vcpus is not None and vcpus.is_integer() else vcpus,
         "cpu_millicores": millicores,
         "mem_bytes": record.mem_bytes,
@@ -103,7 +102,7 @@ async def list_boxes(
         for sandbox in boxes_of(request).all()
         if (not name_contains or name_contains.lower() in sandbox.record.name)
         and (status is None or sandbox.record.status == status)
-        and all(_has_label(sandbox.record.labels, wanted) for wanted in label or ())
+        and all(has_label(sandbox.record.labels, wanted) for wanted in label or ())
     ]
     descending = (sort_order or sort_direction or ("desc" if sort_by == "created_at" else "asc")) == "desc"
     order = Order[Record](sort_by, descending, attrgetter(sort_by), attrgetter("id"))
@@ -112,7 +111,7 @@ async def list_boxes(
     return {"sandboxes": shown, "items": shown, "next_cursor": page.next_cursor, "offset": page.offset}
 
 
-def _has_label(labels: Mapping[str, str], wanted: str) -> bool:
+def has_label(labels: Mapping[str, str], wanted: str) -> bool:
     """`key` for its presence, `key=value` for its value."""
     key, equals, value = wanted.partition("=")
     return key in labels and (not equals or labels[key] == value)
@@ -164,67 +163,3 @@ async def stop_box(request: Request, name: str) -> dict[str, Any]:
     sandbox = boxes.get(name)
     await boxes.stop(sandbox)
     return view(sandbox.record, request)
-
-
-@router.get("/snapshots", responses=answers("SnapshotList"))
-async def list_snapshots(
-    limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    offset: Annotated[int, Query(ge=0)] = 0,
-    page_size: Annotated[int | None, Query(ge=1, le=500)] = None,
-    cursor: Cursor = None,
-    name_contains: str | None = None,
-    status: Literal["building", "ready", "failed", "deleting"] | None = None,
-    sort_by: Literal["name", "status", "created_at"] = "created_at",
-    sort_direction: Direction | None = None,
-    sort_order: Direction | None = None,
-    label: Annotated[list[str] | None, Query(max_length=64)] = None,
-    created_by: Annotated[Literal["me"] | None, Query(description="all snapshots here are yours")] = None,
-) -> dict[str, Any]:
-    """The one snapshot there is, if it fits."""
-    found = [
-        snapshot
-        for snapshot in (_default_snapshot(),)
-        if (not name_contains or name_contains.lower() in snapshot["name"])
-        and status in (None, snapshot["status"])
-        and all(_has_label(snapshot["labels"], wanted) for wanted in label or ())
-    ]
-    descending = (sort_order or sort_direction or ("desc" if sort_by == "created_at" else "asc")) == "desc"
-    order = Order[dict[str, Any]](sort_by, descending, itemgetter(sort_by), itemgetter("id"))
-    page = order.page(found, page_size or limit, cursor=cursor, offset=offset)
-    return {"snapshots": page.entries, "items": page.entries, "next_cursor": page.next_cursor, "offset": page.offset}
-
-
-@router.get("/snapshots/{reference}", responses=answers("SnapshotView", 404))
-async def get_snapshot(reference: str) -> dict[str, Any]:
-    """A snapshot by id, name or name:tag."""
-    if reference not in DEFAULT_SNAPSHOT_REFERENCES:
-        raise ServiceError(404, "NotFound", f"Snapshot '{reference[:200]}' not found")
-    return _default_snapshot()
-
-
-@router.get("/snapshots-by-name/{name}", responses=answers("SnapshotTags", 404))
-async def get_snapshot_tags(name: str) -> dict[str, Any]:
-    """The tags of a snapshot name."""
-    if name != DEFAULT_SNAPSHOT_NAME:
-        raise ServiceError(404, "NotFound", f"Snapshot name '{name[:200]}' not found")
-    return {"name": DEFAULT_SNAPSHOT_NAME, "tags": [{"tag": "latest", "snapshot_id": DEFAULT_SNAPSHOT_ID}]}
-
-
-def _default_snapshot() -> dict[str, Any]:
-    return {
-        "id": DEFAULT_SNAPSHOT_ID,
-        "name": DEFAULT_SNAPSHOT_NAME,
-        "status": "ready",
-        "status_message": None,
-        "docker_image": None,
-        "image_digest": None,
-        "fs_capacity_bytes": 0,
-        "fs_used_bytes": 0,
-        "source_sandbox_id": None,
-        "registry_id": None,
-        "created_at": None,
-        "updated_at": None,
-        "tags": ["latest"],
-        "labels": {},
-        "run_config": None,
-    }

@@ -68,6 +68,23 @@ class SandboxList(BaseModel):
     offset: int
 
 
+class ImageConfig(BaseModel):
+    """The command of an image, which is recorded and not started."""
+
+    entrypoint: list[str]
+    cmd: list[str]
+
+
+class SnapshotProgress(BaseModel):
+    """How far a snapshot is that is being made. Of this service alone."""
+
+    phase: Literal["waiting", "pulling", "unpacking", "capturing"]
+    bytes: int
+    total_bytes: int | None
+    layers: int
+    total_layers: int | None
+
+
 class SnapshotView(BaseModel):
     """A snapshot."""
 
@@ -77,15 +94,19 @@ class SnapshotView(BaseModel):
     status_message: str | None
     docker_image: str | None
     image_digest: str | None
+    description: str | None
     fs_capacity_bytes: int
     fs_used_bytes: int
     source_sandbox_id: str | None
     registry_id: str | None
     created_at: str | None
     updated_at: str | None
+    created_by: str | None
     tags: list[str]
     labels: dict[str, str]
     run_config: RunConfig | None
+    image_config: ImageConfig | None
+    progress: SnapshotProgress | None
 
 
 class SnapshotList(BaseModel):
@@ -111,12 +132,25 @@ class SnapshotTags(BaseModel):
     tags: list[SnapshotTag]
 
 
-class RegistryList(BaseModel):
-    """A page of registries, of which there are none; `items` repeats `registries`."""
+class RegistryView(BaseModel):
+    """A registry; its password is never told."""
 
-    registries: list[None]
-    items: list[None]
-    next_cursor: None
+    id: str
+    name: str
+    url: str
+    username: str | None
+    auth_type: Literal["DOCKER_CONFIG"]
+    has_ca_cert: bool
+    created_at: str
+    updated_at: str
+
+
+class RegistryList(BaseModel):
+    """A page of registries; `items` repeats `registries`."""
+
+    registries: list[RegistryView]
+    items: list[RegistryView]
+    next_cursor: str | None
     offset: int
 
 

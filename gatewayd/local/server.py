@@ -26,6 +26,7 @@ from gatewayd.local.boxes import Boxes
 from gatewayd.local.guard import WILDCARDS, Guard
 from gatewayd.local.runtime.base import RuntimeFailure
 from gatewayd.local.runtimes import NAMES, make_runtime, table
+from gatewayd.local.skopeo import PASSED_ON
 from gatewayd.local.statedir import StateDir, StateDirError, StateDirInUse
 from gatewayd.local.store import Store, StoreError
 from gatewayd.local.sweeper import sweep_for_ever
@@ -160,7 +161,8 @@ async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str, 
 
     store = Store(state.database)
     state.claim(runtime, empty=not store.load())
-    boxes = Boxes(store, make_runtime(runtime, state.path, base))
+    environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    boxes = Boxes(store, make_runtime(runtime, state.path, base), environ=environ)
     tasks = TaskOwner("service")
     try:
         await boxes.recover()

@@ -1,24 +1,25 @@
-"""What the service knows of its sandboxes, in SQLite (WAL): a row that was answered for survives kill -9.
+"""What the service knows of its sandboxes and snapshots, in SQLite (WAL): a row that was answered for survives kill -9.
 
 Calls are short and made from the event loop; one connection, one thread.
 """
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gatewayd.local.clock import Clock
-from gatewayd.local.storage import Reserve, WriteFailure, has_room
+from gatewayd.local.records import LayerRecord, RegistryRecord, SnapshotRecord
+from gatewayd.local.storage import Reserve, has_room
+from gatewayd.local.tables import Table
 
-SCHEMA_VERSION = 1  # PRAGMA user_version of the file
 STATUSES = ("provisioning", "ready", "failed", "stopped", "deleting")
 
-_SCHEMA = """
+_VERSION_1 = (
+    """
 CREATE TABLE boxes (
     id TEXT PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
@@ -36,7 +37,48 @@ CREATE TABLE boxes (
     env_vars TEXT NOT NULL,
     run_config TEXT
 ) STRICT
-"""
+""",
+)
+_VERSION_2 = (
+    "ALTER TABLE boxes ADD COLUMN snapshot_id TEXT",
+    """
+CREATE TABLE snapshots (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    tag TEXT NOT NULL,
+    status TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    updated_at TEXT NOT NULL,
+    status_message TEXT,
+    docker_image TEXT,
+    image_digest TEXT,
+    fs_capacity_bytes INTEGER NOT NULL,
+    source_sandbox_id TEXT,
+    registry_id TEXT,
+    description TEXT,
+    labels TEXT NOT NULL,
+    tags TEXT NOT NULL,
+    run_config TEXT,
+    image_config TEXT,
+    layers TEXT NOT NULL
+) STRICT
+""",
+    "CREATE TABLE layers (name TEXT PRIMARY KEY, size INTEGER NOT NULL, created_at TEXT NOT NULL) STRICT",
+    """
+CREATE TABLE registries (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    url TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    updated_at TEXT NOT NULL,
+    username TEXT,
+    secret TEXT,
+    ca TEXT
+) STRICT
+""",
+)
+MIGRATIONS = (_VERSION_1, _VERSION_2)  # what makes each version of the file out of the one before; never changed, only added to
+SCHEMA_VERSION = len(MIGRATIONS)  # PRAGMA user_version of the file
 
 
 class StoreError(Exception):
@@ -61,11 +103,8 @@ class Record:
     fs_capacity_bytes: int | None = None  # as asked for
     labels: Mapping[str, str] = field(default_factory=dict)
     env_vars: Mapping[str, str] = field(default_factory=dict)  # set for every command
-    run_config: Mapping[str, Any] | None = None  # user, work_dir, env_vars: a layer below env_vars
-
-
-_COLUMNS = tuple(column.name for column in fields(Record))
-_JSON = ("labels", "env_vars", "run_config")
+    run_config: Mapping[str, Any] | None = None  # user, work_dir, env_vars: a layer below env_vars; begins as the snapshot's
+    snapshot_id: str | None = None  # what it was made from; None: the default snapshot
 
 
 def now() -> str:
@@ -91,31 +130,40 @@ class Store:
         except StoreError:
             self._db.close()
             raise
+        self._boxes = Table(self._db, "boxes", Record, ("labels", "env_vars", "run_config"))
+        json_columns = ("labels", "tags", "run_config", "image_config", "layers")
+        self.snapshots = Table(self._db, "snapshots", SnapshotRecord, json_columns)
+        self.layers = Table(self._db, "layers", LayerRecord)
+        self.registries = Table(self._db, "registries", RegistryRecord)
 
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; a power cut at most the last rows
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(_SCHEMA)
+        if version > SCHEMA_VERSION:
+            raise StoreError(f"cannot use the state file: it has version {version}, this program knows {SCHEMA_VERSION}")
+        if version == SCHEMA_VERSION:
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self._db.execute("COMMIT")
-        elif version != SCHEMA_VERSION:
-            raise StoreError(f"cannot use the state file: it has version {version}, this program knows {SCHEMA_VERSION}")
+        except sqlite3.Error:
+            self._db.execute("ROLLBACK")
+            raise
+
+    @property
+    def folder(self) -> Path:
+        """The state directory that the file is in."""
+        return self._path.parent
 
     @property
     def has_room(self) -> bool:
         """Whether the disk under the file has space left."""
         return has_room(self._path.parent)
-
-    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-        try:
-            self._db.execute(statement, values)
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.Error as exc:
-            raise WriteFailure(str(exc)) from exc
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -123,35 +171,16 @@ class Store:
 
     def insert(self, record: Record) -> None:
         """Add a sandbox. Raises sqlite3.IntegrityError when its id or name is taken, WriteFailure."""
-        marks = ", ".join("?" * len(_COLUMNS))
-        self._write(f"INSERT INTO boxes ({', '.join(_COLUMNS)}) VALUES ({marks})", _row(record))  # noqa: S608 - own constants
+        self._boxes.insert(record)
 
     def save(self, record: Record) -> None:
         """Write a known sandbox's row. Raises sqlite3.IntegrityError when its name is taken by another, WriteFailure."""
-        sets = ", ".join(f"{column} = ?" for column in _COLUMNS)
-        self._write(f"UPDATE boxes SET {sets} WHERE id = ?", (*_row(record), record.id))  # noqa: S608 - own constants
+        self._boxes.save(record)
 
     def delete(self, box_id: str) -> None:
         """Forget a sandbox; no error when it is not there. Raises WriteFailure."""
-        self._write("DELETE FROM boxes WHERE id = ?", (box_id,))
+        self._boxes.delete(box_id)
 
     def load(self) -> list[Record]:
         """All sandboxes, oldest first."""
-        rows = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM boxes ORDER BY created_at, id")  # noqa: S608 - own constants
-        return [_record(row) for row in rows]
-
-
-def _row(record: Record) -> tuple[Any, ...]:
-    values = []
-    for column in _COLUMNS:
-        value = getattr(record, column)
-        values.append(json.dumps(value) if column in _JSON and value is not None else value)
-    return tuple(values)
-
-
-def _record(row: tuple[Any, ...]) -> Record:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    for column in _JSON:
-        if values[column] is not None:
-            values[column] = json.loads(values[column])
-    return Record(**values)
+        return self._boxes.load()

@@ -184,6 +184,7 @@ class Layers(Protocol):
         Args:
             below: the layers that it is to lie on, topmost first.
             max_bytes: of content, more is refused.
+            finish: complete it with this, after all sources.
             on_done: called with the number of sources done.
 
         Returns:

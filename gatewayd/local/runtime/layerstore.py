@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import secrets
+import tarfile
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from gatewayd.local.runtime import layers
 from gatewayd.local.runtime.base import Box, Captured, Finish, LayerSource, RuntimeFailure, box_dir
@@ -82,10 +84,15 @@ class LayerStore:
                         lower=[f"../../{layer}" for layer in below],
                         max_bytes=max_bytes - size,
                         source=source,
-                        finish=finish if number == len(sources) else None,
                     )
                 size += report["bytes"]
                 on_done(number)
+            if finish is not None:
+                with _nothing() as nothing:
+                    lower = [f"../../{layer}" for layer in below]
+                    await layers.unpack(
+                        nothing, draft.path if below else draft.upper, self._ids, lower=lower, finish=finish
+                    )
             await draft.keep()
         return size
 
@@ -184,6 +191,14 @@ class _Draft:
                 await asyncio.shield(self._store._delete(self.path))
         finally:
             self._store._at_work -= {self.path.name, self._final.name}
+
+
+def _nothing() -> IO[bytes]:
+    """An archive without entries."""
+    file = os.fdopen(os.memfd_create("nothing"), "w+b")
+    file.write(bytes(tarfile.RECORDSIZE))
+    file.seek(0)
+    return file
 
 
 def on_host_usr(stack: Sequence[str]) -> bool:

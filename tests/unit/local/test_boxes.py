@@ -141,7 +141,7 @@ async def test_what_cannot_be_recorded_is_recorded_later(boxes: Boxes, monkeypat
         raise WriteFailure("database or disk is full") from OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(boxes._store, "_write", full)
+        patch.setattr(boxes._store._boxes, "_write", full)
         for refused in (lambda: boxes.create(READY), lambda: asyncio.to_thread(boxes.update, sandbox, PatchBody(name="new"))):
             with pytest.raises(ServiceError) as caught:
                 await refused()
