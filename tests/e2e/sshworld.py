@@ -70,9 +70,9 @@ class SshWorld:
         assert b"Traceback" not in done.stderr
         return done
 
-    def popen(self, *args: str | Path, program: str = "ssh", **options: Any) -> subprocess.Popen[bytes]:
-        """Start it."""
-        return subprocess.Popen(self.argv(*args, program=program), env=self.gateway.env, **options)
+    def popen(self, *args: str | Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
+        """Start ssh."""
+        return subprocess.Popen(self.argv(*args), env={**self.gateway.env, **(env or {})}, **options)
 
     @contextmanager
     def background(self, *args: str | Path) -> Iterator[subprocess.Popen[bytes]]:
