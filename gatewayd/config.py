@@ -4,6 +4,8 @@
 
     default_profile = "work"
     start_on_connect = false                       # a connection does not start a stopped sandbox; default: it does
+    keepalive_interval = 15                        # seconds between two checks of a link; read at the start, like the next
+    keepalive_timeout = 10                         # seconds of silence after a check until the link is given up
 
     [profiles.work]
     endpoint = "https://langsmith.example.com"
@@ -41,7 +43,8 @@ DEFAULT_ENDPOINT = "https://api.smith.langchain.com"
 FILE_MAX = 1 << 20  # bytes of a configuration file
 KEY_MAX = 4096  # bytes of an API key file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a profile
-KEYS = ("default_profile", "start_on_connect", "profiles", "ssh")  # of the file itself
+KEYS = ("default_profile", "start_on_connect", "keepalive_interval", "keepalive_timeout", "profiles", "ssh")  # of the file itself
+KEEPALIVE_MIN, KEEPALIVE_MAX = 0.1, 3600  # seconds
 PROFILE_KEYS = frozenset({"endpoint", "api_key_file", "api_key_env", "workspace_id", "ca_file"})
 
 
@@ -141,6 +144,8 @@ class Config:
     config_file: Path  # need not exist
     default_profile: str = ""  # "": none named
     start_on_connect: bool = True  # whether a connection starts a stopped sandbox, where the request does not say
+    keepalive_interval: float = 15.0  # seconds between two pings of a link to a sandbox
+    keepalive_timeout: float = 10.0  # seconds without an answer, or anything else, after which a link is given up
     profiles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the tables of the file, checked
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # the daemon's environment when it started
     proxies: Proxies = field(default_factory=Proxies)
@@ -269,6 +274,8 @@ def load(environ: Mapping[str, str]) -> Config:
         config_file=path,
         default_profile=default,
         start_on_connect=start_on_connect,
+        keepalive_interval=_check_seconds(path, table, "keepalive_interval", Config.keepalive_interval),
+        keepalive_timeout=_check_seconds(path, table, "keepalive_timeout", Config.keepalive_timeout),
         profiles=profiles,
         environ=dict(environ),
         proxies=Proxies(
@@ -289,6 +296,13 @@ def config_path(environ: Mapping[str, str]) -> Path:
     if not xdg.is_absolute():  # the XDG specification: relative paths are to be ignored
         xdg = Path(environ.get("HOME") or Path.home()) / ".config"
     return xdg / "gatewayd" / "config.toml"
+
+
+def _check_seconds(path: Path, table: Mapping[str, Any], key: str, default: float) -> float:
+    value = table.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not KEEPALIVE_MIN <= value <= KEEPALIVE_MAX:
+        raise config_error(f"{path}: {key} must be a number of seconds, {KEEPALIVE_MIN} to {KEEPALIVE_MAX}")
+    return float(value)
 
 
 def _check_profile(path: Path, name: str, value: Any) -> Mapping[str, str]:

@@ -31,6 +31,7 @@ from gatewayd.sandbox.boxes import Directory
 from gatewayd.sandbox.embedded import Embedded
 from gatewayd.sandbox.guest_client import Guests
 from gatewayd.sandbox.pool import Pool
+from gatewayd.yamux.config import SessionConfig
 
 log = logging.getLogger("gatewayd")
 
@@ -200,7 +201,8 @@ class Daemon:
         self._embedded = Embedded(config.state_dir, config.environ)
         self._accounts = Accounts(settings, self._embedded)
         self._directory = Directory()
-        self._pool = Pool(self._directory)
+        links = SessionConfig(keepalive_interval=config.keepalive_interval, keepalive_timeout=config.keepalive_timeout)
+        self._pool = Pool(self._directory, session_config=links)
         self._guests = Guests(self._directory, self._pool)
         self._forwards = Forwards(self._pool, self._guests)
         self._ssh = SshFront(settings, self._accounts, Ways(self._directory, self._pool, self._guests))

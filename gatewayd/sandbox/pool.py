@@ -19,7 +19,7 @@ from gatewayd.sandbox.failures import TRANSIENT
 from gatewayd.sandbox.link import Link, Target
 from gatewayd.sandbox.rest_client import backoff
 from gatewayd.tasks import SingleFlight, TaskOwner
-from gatewayd.yamux.aio import MuxStream
+from gatewayd.yamux.aio import MuxStream, SessionConfig
 
 if TYPE_CHECKING:
     from gatewayd.api import LinkStatus
@@ -67,8 +67,12 @@ class _Entry:
 class Pool:
     """Streams to ports of sandboxes."""
 
-    def __init__(self, directory: Directory, *, idle_timeout: float = IDLE_TIMEOUT) -> None:
+    def __init__(
+        self, directory: Directory, *, idle_timeout: float = IDLE_TIMEOUT, session_config: SessionConfig | None = None
+    ) -> None:
+        """`session_config`: of every link; None: the defaults."""
         self._directory = directory
+        self._session_config = session_config
         self._idle_timeout = idle_timeout
         self._entries: dict[tuple[Hashable, str], _Entry] = {}
         self._tasks = TaskOwner("pool")
@@ -206,7 +210,7 @@ class Pool:
                 entry.last_error = exc.message
                 raise
             try:
-                link = await Link.open(target)
+                link = await Link.open(target, self._session_config)
             except GatewayError as exc:
                 self._directory.forget(entry.account, entry.sandbox)
                 if remembered and not moved:  # look it up and try again at once

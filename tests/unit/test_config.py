@@ -56,6 +56,13 @@ def test_starting_on_connect_can_be_switched_off(tmp_path: Path) -> None:
     assert not configured(tmp_path, "start_on_connect = false\n").start_on_connect
 
 
+def test_keepalives_can_be_made_faster(tmp_path: Path) -> None:
+    config = load({"HOME": str(tmp_path)})
+    assert (config.keepalive_interval, config.keepalive_timeout) == (15, 10)
+    config = configured(tmp_path, "keepalive_interval = 1\nkeepalive_timeout = 0.5\n")
+    assert (config.keepalive_interval, config.keepalive_timeout) == (1, 0.5)
+
+
 def test_a_profile_of_the_file(tmp_path: Path, key_file: Path) -> None:
     config = configured(
         tmp_path,
@@ -146,6 +153,9 @@ def test_key_files_that_hold_no_key(tmp_path: Path, key_file: Path) -> None:
         ("defualt_profile = 'a'", "unknown key 'defualt_profile'"),
         ("default_profile = 3", "default_profile must be a string"),
         ("start_on_connect = 'no'", "start_on_connect must be true or false"),
+        ("keepalive_interval = true", "keepalive_interval must be a number of seconds, 0.1 to 3600"),
+        ("keepalive_interval = nan", "keepalive_interval must be a number of seconds"),
+        ("keepalive_timeout = 0", "keepalive_timeout must be a number of seconds"),
         ("default_profile = 'gone'", "'gone' is not defined"),
         ("profiles = 3", "profiles must be tables"),
         ("[profiles]\nwork = 3", "profiles.work must be a table"),
