@@ -286,8 +286,8 @@ class Attendance:
             self._detach(0)
             self._parting = f"detached; `sandbox attach {self._channel.sandbox} {self._session.id.hex()[:8]}` comes back"
         elif action == escapes.HELP:
-            for line in escapes.HELP_TEXT:
-                self.notice(line)
+            with suppress(OSError):
+                os.write(2, "\r\n".join(("", *escapes.HELP_TEXT, "")).encode())
         elif action == escapes.SUSPEND and self._terminal is not None:
             self._terminal.restore()
             os.kill(0, signal.SIGTSTP)  # the whole job, as ^Z would

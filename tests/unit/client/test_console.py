@@ -19,9 +19,12 @@ from pathlib import Path
 
 import pytest
 
+from gatewayd.api import Frame
+
 from .conftest import DEADLINE, Daemon, Spawn
 from .guestworld import GuestWorld
 from .test_cli import _own_terminal
+from .test_execute import Peer, served
 
 
 @pytest.fixture
@@ -211,3 +214,45 @@ def test_agents_are_refused(daemon: Daemon, spawn: Spawn) -> None:
     assert process.returncode == 2
     assert b"ssh -A sandbox-demo" in err
     assert daemon.lines == []
+
+
+def test_where_there_is_no_guest(daemon: Daemon, spawn: Spawn) -> None:
+    """The service's own protocol carries the terminal: keys, sizes, and ~. which kills the shell."""
+    frames: list[tuple[int, bytes]] = []
+
+    def shell(peer: Peer) -> None:
+        peer.send(Frame.STDOUT, b"READY> ")
+        for kind, payload in peer.frames():
+            frames.append((kind, payload))
+            if kind == Frame.STDIN:
+                peer.send(Frame.STDOUT, b"<" + payload + b">")
+            elif kind == Frame.RESIZE:
+                peer.send(Frame.STDOUT, b"resized")
+            elif kind == Frame.SIGNAL:
+                peer.exit(137)
+                return
+
+    served(daemon, shell)
+    screen = Screen(spawn, "console", "demo", "--env", "A=b")
+    screen.until(b"a plain console, which ends with its connection\r\n")
+    screen.until(b"READY> ")
+    request = daemon.lines[-1]
+    assert (request["op"], request["pty"], request["cols"], request["rows"]) == ("exec", True, 100, 30)
+    assert request["env"]["A"] == "b"
+    screen.type("ü\x03".encode())
+    screen.until(b"\x03>")
+    screen.resize(70, 20)
+    screen.until(b"resized")
+    assert (Frame.RESIZE, b'{"cols": 70, "rows": 20}') in frames
+    screen.type(b"\r~?")
+    screen.until(b"end the session")
+    screen.type(b"~.")
+    screen.ended(129)
+    assert frames[-1] == (Frame.SIGNAL, b'{"signal":"KILL"}')
+    screen.close()
+    screen = Screen(spawn, "console", "demo")
+    screen.until(b"READY> ")
+    screen.type(b"~d")
+    screen.ended(69)
+    assert b"cannot be left running" in screen.shown
+    screen.close()
