@@ -319,7 +319,7 @@ class GuestSession:
                 await stream.aclose()
             else:
                 stream.abort()
-        return done or self._complete
+        return done or (self._complete and not self._connection and not self._closing)  # else something is still to be told
 
     async def _last_word(self, stream: MuxStream) -> None:
         """The guest keeps a session until it knows that we have all of it."""
