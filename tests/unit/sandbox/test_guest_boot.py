@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -21,7 +22,9 @@ from gatewayd.sandbox.boxes import Directory
 from gatewayd.sandbox.guest_boot import boot, guest_file
 from tests.unit.fakeservice import FakeService
 
-NAME, DIGEST, CONTENT = guest_file()
+CONTENT = guest_file()[2] + b"# %s\n" % os.urandom(8).hex().encode()  # a guest of our own: it is ended here
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+NAME = f"guest-{DIGEST[:16]}.py"
 LINE = f"GATEWAYD-GUEST 1 4711 {'0f' * 32} 99"
 
 
@@ -71,6 +74,8 @@ def box(tmp_path: Path) -> Iterator[Box]:
     yield made
     for pid in set(made.pids):
         os.kill(pid, signal.SIGKILL)
+    for folder in Path("/tmp").glob(f".gatewayd-guest-*-{DIGEST[:16]}*"):
+        shutil.rmtree(folder)
 
 
 def test_uploaded_once_started_once_found_again(box: Box) -> None:
@@ -162,7 +167,7 @@ async def test_one_request_when_it_is_there(service: FakeService, account: Accou
     assert "0f0f" not in repr(address)
     assert len(bodies) == 1
     assert bodies[0]["shell"] == "/bin/sh"
-    assert bodies[0]["env"]["GATEWAYD_SHA256"] == DIGEST
+    assert bodies[0]["env"]["GATEWAYD_SHA256"] == guest_file()[1]
 
 
 @pytest.mark.parametrize(
