@@ -42,13 +42,18 @@ async def spawn(
     """Start a command, after opening `agent` for it. Raises OSError or RuntimeFailure, as `Box.spawn`."""
     spec = spawn_spec(record, body, body.shell or DEFAULT_SHELL, pty=pty)
     if agent is None:
-        return await _spawn(box, spec, fixed=bool(body.shell))
+        return await _spawn(box, spec, fixed=_fixed(body.shell))
     path = await agent.open(box, spec.user)
     try:
-        return await _spawn(box, replace(spec, env={**spec.env, VARIABLE: path}), fixed=bool(body.shell))
+        return await _spawn(box, replace(spec, env={**spec.env, VARIABLE: path}), fixed=_fixed(body.shell))
     except BaseException:
         agent.close()
         raise
+
+
+def _fixed(shell: str | None) -> bool:
+    """Whether no other shell will do. LangSmith's clients always name bash, in images without it, too."""
+    return shell not in (None, "", DEFAULT_SHELL)
 
 
 async def _spawn(box: Box, spec: SpawnSpec, *, fixed: bool) -> Process:

@@ -20,13 +20,14 @@ from gatewayd.local.oci import ImageError
 from gatewayd.local.references import Reference
 from gatewayd.local.runtime.base import Finish, Layers, LayerSource
 from gatewayd.local.skopeo import Access, Skopeo
+from gatewayd.local.storage import ADVICE
 
 log = logging.getLogger(__name__)
 
 MAX_STACK = 60  # layers of an image; of more, the lowest are merged, so that there is room for what is captured later
 SLACK = 16 << 20  # bytes that may come beyond what a manifest says: the manifest itself, unfinished parts
 MAX_IMAGE = 64 << 30  # bytes of content, whatever the disk has
-KEEP_FREE = 256 << 20  # bytes of this machine's disk that no image may take
+KEEP_FREE = 256 << 20  # bytes of this machine's disk that no image may take; of a small one, a twentieth
 
 
 @dataclass
@@ -110,8 +111,10 @@ class Builder:
             limit = min(capacity or MAX_IMAGE, self._room())
             if manifest is not None:
                 progress.total_bytes, progress.total_layers = manifest.size, len(manifest.layers)
+                if manifest.size > self._room():
+                    raise ImageError(ADVICE)
                 if manifest.size > limit:
-                    raise ImageError(f"the image has {manifest.size} bytes packed; {limit} are possible here")
+                    raise ImageError(f"it has {manifest.size} bytes packed, and {limit} may be in it")
 
             def on_bytes(count: int) -> None:
                 progress.bytes = count if manifest is None else min(count, manifest.size)
@@ -146,7 +149,8 @@ class Builder:
             raise
 
     def _room(self) -> int:
-        return max(0, shutil.disk_usage(self._folder).free - KEEP_FREE)
+        disk = shutil.disk_usage(self._folder)
+        return max(0, disk.free - min(KEEP_FREE, disk.total // 20))
 
     async def _stack(
         self,
