@@ -189,24 +189,27 @@ class HostGuests:
     """The part of `gatewayd.sandbox.guest_client.Guests` that the front end uses."""
 
     unusable: GatewayError | None = None  # raised by ready
-    sessions: list[HostSession] = field(default_factory=list)
+    sessions: list[HostSession] = field(default_factory=list)  # all there were
+    started: asyncio.Queue[HostSession] = field(default_factory=asyncio.Queue)  # those that no test has taken yet
     directory: str = ""  # for sockets
 
-    async def ready(self, *_: object) -> None:
+    async def ready(self, *_: object, wake: bool) -> None:
         if self.unusable is not None:
             raise self.unusable
 
-    async def process(self, account: object, sandbox: str, spec: ProcessSpec) -> HostSession:
-        self.sessions.append(HostSession(spec))
-        return self.sessions[-1]
+    async def process(self, account: object, sandbox: str, spec: ProcessSpec, *, wake: bool) -> HostSession:
+        session = HostSession(spec)
+        self.sessions.append(session)
+        self.started.put_nowait(session)
+        return session
 
-    async def sftp(self, account: object, sandbox: str, user: str) -> HostSession:
-        return await self.process(account, sandbox, ProcessSpec(argv=("/usr/lib/openssh/sftp-server",)))
+    async def sftp(self, account: object, sandbox: str, user: str, *, wake: bool) -> HostSession:
+        return await self.process(account, sandbox, ProcessSpec(argv=("/usr/lib/openssh/sftp-server",)), wake=wake)
 
-    async def connect_tcp(self, account: object, sandbox: str, host: str, port: int) -> SocketStream:
+    async def connect_tcp(self, account: object, sandbox: str, host: str, port: int, *, wake: bool) -> SocketStream:
         return await dial(host, port)
 
-    async def connect_unix(self, account: object, sandbox: str, path: str) -> SocketStream:
+    async def connect_unix(self, account: object, sandbox: str, path: str, *, wake: bool) -> SocketStream:
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.connect(path)
@@ -252,20 +255,20 @@ class Front:
 
     def __init__(self, root: Path) -> None:
         self.guests = HostGuests(directory=str(root))
-        self._root = root
-        self._options = server.options(private_host_key(root))
+        self.root = root
+        self.options = server.options(private_host_key(root))
         self._tasks = TaskOwner("front")
-        self._ways = Ways(cast(Any, None), cast(Any, HostPool()), cast(Any, self.guests))
+        self.ways = Ways(cast(Any, None), cast(Any, HostPool()), cast(Any, self.guests))
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.bind(str(root / "front.sock"))
         self._sock.listen(128)
         self._sock.setblocking(False)
-        (root / "known_hosts").write_text(f"box {public_host_key(root)}\n")
+        (root / "known_hosts").write_text(f"gatewayd {public_host_key(root)}\n")
         self.config = root / "config"
         self.config.write_text(
             f"Host box\n  User sandbox\n  ProxyCommand {sys.executable} -I -S {PASS} {root}/front.sock\n  ProxyUseFdpass yes\n"
-            f"  UserKnownHostsFile {root}/known_hosts\n  CheckHostIP no\n  StrictHostKeyChecking yes\n  LogLevel ERROR\n"
-            "  IdentityAgent none\n"
+            f"Host *\n  HostName 127.0.0.1\n  HostKeyAlias gatewayd\n  UserKnownHostsFile {root}/known_hosts\n"
+            "  CheckHostIP no\n  StrictHostKeyChecking yes\n  LogLevel ERROR\n  IdentityAgent none\n"
         )
         self._tasks.start(self._accept(), "accept")
 
@@ -273,8 +276,14 @@ class Front:
         while True:
             sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
             sock.setblocking(False)
-            target = Target(self._ways, cast(Any, None), "box", "")
-            self._tasks.start(server.serve(sock, self._options, server.LocalServer(target)), "connection")
+            target = Target(self.ways, cast(Any, None), "box", "")
+            self._tasks.start(server.serve(sock, self.options, server.LocalServer(target)), "connection")
+
+    def dial(self) -> socket.socket:
+        """A connection to it."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(self.root / "front.sock"))
+        return sock
 
     async def run(self, *argv: str | Path, data: bytes | None = None, timeout: float = 30) -> tuple[int, bytes, bytes]:
         """Run a program of OpenSSH with the configuration; exit code, output, errors."""
