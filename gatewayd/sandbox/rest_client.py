@@ -28,6 +28,7 @@ RETRY_AFTER_MAX = 30.0  # a service that asks for more gets its error passed on
 RETRIED = frozenset({502, 503, 504})
 ANSWER_MAX = 32 << 20  # bytes of one answer
 CONNECT_TIMEOUT = 10.0
+PATIENCE = 3.0  # seconds without an answer after which a warm connection may be dead: a small question is asked on a new one
 
 # Nothing of a request that failed like this has reached the service.
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
@@ -54,6 +55,15 @@ class FixedAccess:
         return self._profile
 
 
+class _Warm:
+    """Warm connections, and who uses them."""
+
+    def __init__(self, client: httpx2.AsyncClient) -> None:
+        self.client = client
+        self.busy = 0  # requests under way
+        self.retired = False  # closed with the last of them
+
+
 class RestClient:
     """Requests to one profile's service; every error is a `GatewayError`. Close it with `aclose`."""
 
@@ -61,7 +71,7 @@ class RestClient:
         self._access = access  # asked before every attempt: the embedded service may have moved
         self._proxies = proxies
         self._retries = retries  # after the first attempt
-        self._clients: dict[tuple[str | None, bool, str], httpx2.AsyncClient] = {}  # (proxy, TLS, ca_file) → warm connections
+        self._clients: dict[tuple[str | None, bool, str], _Warm] = {}  # (proxy, TLS, ca_file) → warm connections
 
     async def create(self, body: Mapping[str, Any], *, deadline: float = 60.0) -> dict[str, Any]:
         """POST /boxes; never sent twice, since a lost answer may have created the sandbox."""
@@ -72,12 +82,12 @@ class RestClient:
     async def get(self, name: str) -> dict[str, Any]:
         """GET /boxes/{name}."""
         action = f"get sandbox {name!r}"
-        return _object(await self.call("GET", box_path(name), action=action, sandbox=name), action)
+        return _object(await self.call("GET", box_path(name), action=action, sandbox=name, patience=PATIENCE), action)
 
     async def status(self, name: str) -> dict[str, Any]:
         """GET /boxes/{name}/status: the cheap one, to poll."""
         action = f"get the status of sandbox {name!r}"
-        return _object(await self.call("GET", box_path(name, "status"), action=action, sandbox=name), action)
+        return _object(await self.call("GET", box_path(name, "status"), action=action, sandbox=name, patience=PATIENCE), action)
 
     async def list(self, params: Mapping[str, str | int]) -> dict[str, Any]:
         """GET /boxes: one page."""
@@ -133,6 +143,7 @@ class RestClient:
         params: Mapping[str, str | int] | None = None,
         retry: bool | None = None,
         deadline: float = 30.0,
+        patience: float | None = None,
     ) -> Any:
         """One request, retried where that is safe, and its JSON answer (None for an empty one).
 
@@ -143,6 +154,8 @@ class RestClient:
             file: sent as multipart/form-data, part ``file``, instead of a JSON body.
             retry: whether the request may be sent twice; None: GET and DELETE may.
             deadline: seconds for everything, retries included.
+            patience: seconds after which a request without an answer is made once more, on a new connection: the one at hand
+                may have died unnoticed, while this machine slept, say. None: it is waited for.
 
         Raises:
             GatewayError: whatever went wrong.
@@ -156,7 +169,12 @@ class RestClient:
                         profile = await self._access.current()
                     url = path if path.startswith(("http://", "https://")) else profile.endpoint + path
                     try:
-                        return await self._attempt(method, url, profile, action, sandbox, body, file, params)
+                        async with asyncio.timeout(None if attempt else patience):
+                            return await self._attempt(method, url, profile, action, sandbox, body, file, params)
+                    except TimeoutError:
+                        await self._retire(url, profile)
+                        log.info("%s: no answer for %g s, asking again on a new connection", action, patience)
+                        continue
                     except ServiceRefused as exc:
                         delay = _delay_after(exc, attempt, repeatable)
                         if attempt and method == "DELETE" and exc.status == 404:
@@ -188,16 +206,20 @@ class RestClient:
         params: Mapping[str, str | int] | None,
     ) -> Any:
         """Raises ServiceRefused, GatewayError or httpx2.TransportError."""
-        client = self._client(url, profile)
+        warm = self._warm(url, profile)
         files = {"file": ("file", file)} if file is not None else None
         headers = profile.headers()
+        warm.busy += 1
         try:
-            async with client.stream(method, url, json=body, files=files, params=params, headers=headers) as response:
+            async with warm.client.stream(method, url, json=body, files=files, params=params, headers=headers) as response:
                 content = await _read(response, action)
         except httpx2.InvalidURL as exc:
             raise GatewayError(f"cannot {action}: the service names an invalid URL", kind=ErrorKind.UNAVAILABLE) from exc
         except httpx2.DecodingError as exc:
             raise GatewayError(f"cannot {action}: the answer cannot be decoded", kind=ErrorKind.UNAVAILABLE) from exc
+        finally:
+            warm.busy -= 1
+            await _close_retired(warm)
         if not response.is_success:
             raise refusal(
                 response.status_code,
@@ -216,14 +238,16 @@ class RestClient:
         except (ValueError, RecursionError) as exc:
             raise _not_json(action) from exc
 
-    def _client(self, url: str, profile: Profile) -> httpx2.AsyncClient:
-        secure = url.startswith("https://")
-        key = (self._proxies.for_url(url), secure, profile.ca_file)
-        client = self._clients.get(key)
-        if client is None:
+    def _key(self, url: str, profile: Profile) -> tuple[str | None, bool, str]:
+        return self._proxies.for_url(url), url.startswith("https://"), profile.ca_file
+
+    def _warm(self, url: str, profile: Profile) -> _Warm:
+        key = self._key(url, profile)
+        warm = self._clients.get(key)
+        if warm is None:
             # A context without authorities costs nothing and trusts nobody: plain HTTP needs no more.
-            context = tls_context(profile.ca_file) if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            client = self._clients[key] = httpx2.AsyncClient(
+            context = tls_context(profile.ca_file) if key[1] else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            client = httpx2.AsyncClient(
                 verify=context,
                 proxy=key[0],
                 trust_env=False,
@@ -231,13 +255,25 @@ class RestClient:
                 limits=httpx2.Limits(max_connections=32, max_keepalive_connections=8, keepalive_expiry=60.0),
                 headers={"User-Agent": f"gatewayd/{VERSION}"},
             )
-        return client
+            warm = self._clients[key] = _Warm(client)
+        return warm
+
+    async def _retire(self, url: str, profile: Profile) -> None:
+        """Make new connections from now on; those in use end with their requests."""
+        if (warm := self._clients.pop(self._key(url, profile), None)) is not None:
+            warm.retired = True
+            await _close_retired(warm)
 
     async def aclose(self) -> None:
         """Close the warm connections; idempotent."""
         clients, self._clients = list(self._clients.values()), {}
-        for client in clients:
-            await client.aclose()
+        for warm in clients:
+            await warm.client.aclose()
+
+
+async def _close_retired(warm: _Warm) -> None:
+    if warm.retired and not warm.busy:
+        await warm.client.aclose()
 
 
 def box_path(name: str, *more: str) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator
 
@@ -226,6 +227,43 @@ async def test_connections_stay_warm(service: FakeService, account: Account) -> 
     for _ in range(5):
         await account.rest.get("x")
     assert len(service.rest_connections) == 1
+
+
+async def test_a_warm_connection_that_has_died_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after this machine slept: bytes are taken, and nothing comes back. Another request on its way is left alone."""
+    monkeypatch.setattr(rest_client, "PATIENCE", 0.2)
+    connections, release = 0, asyncio.Event()
+    ok = b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{\"status\": \"ready\" }"
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            request = await reader.readuntil(b"\r\n\r\n")
+            if b"/slow" in request:
+                await release.wait()
+            writer.write(ok)
+            await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        ended.append(writer)
+
+    ended: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+    endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    client = RestClient(FixedAccess(Profile("x", endpoint, KEY)), Proxies())
+    slow = asyncio.create_task(client.call("GET", "/slow", action="wait"))
+    await until(lambda: connections == 1, "the slow request is there")
+    assert await client.status("x") == {"status": "ready"}
+    assert connections == 2
+    assert await client.status("x") == {"status": "ready"}
+    assert connections == 3
+    release.set()
+    assert await slow == {"status": "ready"}
+    await client.aclose()
+    await until(lambda: len(ended) == 3, "all connections are closed")
+    server.close()
+    await server.wait_closed()
 
 
 def test_names_that_cannot_be_one() -> None:
