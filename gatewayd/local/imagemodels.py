@@ -12,7 +12,9 @@ from gatewayd.local.references import MAX_REFERENCE, parse, parse_registry
 
 LATEST = "latest"  # the tag that a name alone means
 MAX_PEM = 1 << 20  # characters of certificates
+MAX_NAME = 255  # characters of a snapshot's name
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
+_COMPONENTS = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
@@ -25,7 +27,9 @@ def _plain_name(value: str) -> str:
 def _snapshot_name(value: str) -> str:
     if value == DEFAULT_SNAPSHOT_NAME:
         raise ValueError(f"{DEFAULT_SNAPSHOT_NAME!r} is the name of the snapshot that is always there")
-    return _plain_name(value)
+    if len(value) > MAX_NAME or not _COMPONENTS.fullmatch(value):
+        raise ValueError("a name has lowercase letters, digits, and single '.', '_', '-' and '/' between them, 255 at most")
+    return value
 
 
 def _tag(value: str) -> str:

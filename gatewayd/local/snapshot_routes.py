@@ -96,21 +96,21 @@ async def list_snapshots(
     return {"snapshots": shown, "items": shown, "next_cursor": page.next_cursor, "offset": page.offset}
 
 
-@router.get("/snapshots/{reference}", responses=answers("SnapshotView", 404))
+@router.get("/snapshots/{reference:path}", responses=answers("SnapshotView", 404))
 async def get_snapshot(request: Request, reference: str) -> dict[str, Any]:
     """A snapshot by id, name:tag or name: its `latest`, else its newest one without a tag."""
     snapshots = snapshots_of(request)
     return view(snapshots, snapshots.get(reference))
 
 
-@router.delete("/snapshots/{reference}", status_code=204, responses=answers(None, 404, 409, 422))
+@router.delete("/snapshots/{reference:path}", status_code=204, responses=answers(None, 404, 409, 422))
 async def delete_snapshot(request: Request, reference: str) -> Response:
     """Delete a snapshot that no sandbox is made from; one that is being made is given up."""
     await snapshots_of(request).delete(reference)
     return Response(status_code=204)
 
 
-@router.get("/snapshots-by-name/{name}", responses=answers("SnapshotTags", 404))
+@router.get("/snapshots-by-name/{name:path}", responses=answers("SnapshotTags", 404))
 async def get_snapshot_tags(request: Request, name: str) -> dict[str, Any]:
     """The tags of a snapshot name."""
     found = [(tag, record.id) for record in snapshots_of(request).tags(name) for tag in record.tags]

@@ -12,6 +12,7 @@ import pytest
 from langsmith import AsyncLangsmith, Langsmith
 from langsmith import sandbox as sdk
 
+from tests.images.maker import Image, Layer
 from tests.sdk.conformance import FAILED, OK, REFUSED, World, finished, seen
 
 if TYPE_CHECKING:
@@ -231,22 +232,39 @@ async def echo(port: int, data: bytes) -> bytes:
 
 async def test_snapshots(world: World, name: str, tmp_path: Path) -> None:
     client = world.client
-    [snapshot] = await world.ok(client.list_snapshots)
+    [snapshot] = await world.ok(client.list_snapshots, name_contains="default")
     assert (await world.ok(client.get_snapshot, snapshot.id)).name == "default"
     assert (await world.ok(client.wait_for_snapshot, snapshot.id)).status == "ready"
     assert [tag.tag for tag in await world.ok(client.list_snapshot_tags, "default")] == ["latest"]
     for method in (client.get_snapshot, client.wait_for_snapshot, client.list_snapshot_tags):
         await world.fails(method, NOT_FOUND, NOBODY, NOBODY)
-    await world.refused(client.create_snapshot, REFUSAL, "makes no others", name, "python:3.12", 1 << 30)
-    await world.refused(client.delete_snapshot, REFUSAL, "makes no others", snapshot.id)
+    await world.fails(client.delete_snapshot, sdk.SandboxClientError, "cannot be deleted", snapshot.id)
+    await world.fails(client.create_snapshot, REFUSAL, "must be an image", name, "Not An Image", 1 << 30)
+    built = await world.ok(client.create_snapshot, name, archive_of(tmp_path), 64 << 20, tag="v1")
+    assert (built.status, built.tags) == ("ready", ["v1"])
     (tmp_path / "Dockerfile").write_text("FROM scratch\n")
     # the SDK builds with BuildKit in a sandbox of its own; there is none in this service's one snapshot
     await world.refused(
         client.create_snapshot_from_dockerfile, sdk.ResourceCreationError, "build failed", name, "Dockerfile", context=tmp_path
     )
-    async with world.sandbox(name=name) as made:
-        await world.refused(client.capture_snapshot, REFUSAL, "makes no others", name, "captured")
-        await world.refused(made.capture_snapshot, REFUSAL, "makes no others", "captured")
+    async with world.sandbox(name=name, snapshot=f"{name}:v1") as made:
+        assert made.snapshot_id == built.id
+        assert await world.settle(made.read("/note")) == b"hello"
+        await world.fails(client.delete_snapshot, sdk.SandboxClientError, "is used by", built.id)
+        first = await world.ok(client.capture_snapshot, name, f"{name}-captured")
+        second = await world.ok(made.capture_snapshot, f"{name}-captured")
+        await world.fails(client.capture_snapshot, REFUSAL, "there is no Docker", name, "exported", docker_image="app")
+        await world.fails(made.capture_snapshot, REFUSAL, "a name has", "Not A Name")
+    assert (await world.settle(client.get_snapshot(first.id))).tags == []
+    assert (await world.settle(client.get_snapshot(f"{name}-captured"))).id == second.id
+    for one in (built, first, second):
+        await world.ok(client.delete_snapshot, one.id)
+
+
+def archive_of(folder: Path) -> str:
+    """An image of one file."""
+    layer = Layer().add("note", b"hello").content()
+    return f"oci-archive:{Image([layer]).archive(folder / 'image.tar')}"
 
 
 async def test_links(world: World, name: str) -> None:

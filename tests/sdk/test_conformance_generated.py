@@ -49,7 +49,6 @@ async def test_boxes(world: World, name: str) -> None:
 async def test_what_boxes_do_not_do(world: World, name: str) -> None:
     boxes = world.generated.sandboxes.boxes
     await world.settle(boxes.create(name=name))
-    await world.refused(boxes.create_snapshot, UNPROCESSABLE, "makes no others", name, body_name="captured")
     await world.refused(boxes.generate_service_url, UNPROCESSABLE, "use a tunnel", name, port=80)
     await world.refused(boxes.delete_service_url, NOT_FOUND, "no port 80 of sandbox", name, port=80)
     assert await everything(world, boxes.list_service_urls(name)) == []
@@ -61,26 +60,41 @@ async def test_what_boxes_do_not_do(world: World, name: str) -> None:
 
 async def test_snapshots(world: World, name: str) -> None:
     snapshots = await world.get(world.generated.sandboxes, "snapshots")
-    [snapshot] = await everything(world, snapshots.list())
+    [snapshot] = await everything(world, snapshots.list(name_contains="default"))
     seen[f"{type(snapshots).__name__}.list"].add(OK)
     assert (await world.ok(snapshots.retrieve, snapshot.id)).name == "default"
     assert [tag.tag for tag in (await world.ok(snapshots.retrieve_by_name, "default")).tags] == ["latest"]
     await world.fails(snapshots.list, UNPROCESSABLE, "limit", limit=0)
     await world.fails(snapshots.retrieve, NOT_FOUND, NOBODY, NOBODY)
     await world.fails(snapshots.retrieve_by_name, NOT_FOUND, NOBODY, NOBODY)
-    image = {"docker_image": "python:3.12", "fs_capacity_bytes": 1 << 30}
-    await world.refused(snapshots.create, UNPROCESSABLE, "makes no others", name=name, **image)
-    await world.refused(snapshots.delete, UNPROCESSABLE, "makes no others", snapshot.id)
+    bad = {"docker_image": "Not An Image", "name": name}
+    await world.fails(snapshots.create, UNPROCESSABLE, "must be an image", **bad, fs_capacity_bytes=1 << 30)
+    await world.fails(snapshots.delete, UNPROCESSABLE, "cannot be deleted", snapshot.id)
+    nowhere = "oci-archive:/nowhere/image.tar"
+    made = await world.ok(snapshots.create, name=name, docker_image=nowhere, fs_capacity_bytes=1 << 30)
+    await world.ok(snapshots.delete, made.id)
+    boxes = world.generated.sandboxes.boxes
+    await world.settle(boxes.create(name=name))
+    captured = await world.ok(boxes.create_snapshot, name, body_name=name, tag="v1")
+    found = await world.settle(world.client.wait_for_snapshot(captured.id, poll_interval=0.05))
+    assert (found.status, found.tags) == ("ready", ["v1"])
+    await world.fails(boxes.create_snapshot, UNPROCESSABLE, "include_memory", name, body_name=name, include_memory=True)
+    await world.settle(boxes.delete(name))
+    await world.settle(snapshots.delete(captured.id))
 
 
-async def test_registries(world: World) -> None:
+async def test_registries(world: World, name: str) -> None:
     registries = await world.get(world.generated.sandboxes, "registries")
     account = {"url": "registry.example.com", "username": "robot", "password": "x"}
-    await world.refused(registries.create, UNPROCESSABLE, "pulls no images", name="internal", **account)
-    for method in (registries.retrieve, registries.update, registries.delete):
-        await world.refused(method, NOT_FOUND, "'internal' not found", "internal")
-    assert (await world.ok(registries.list)).registries == []
+    made = await world.ok(registries.create, name=name, **account)
+    await world.fails(registries.create, langsmith.ConflictError, "already in use", name=name, **account)
+    assert (await world.ok(registries.retrieve, name)).id == made.id
+    assert (await world.ok(registries.update, name, url="other.example.com")).url == "other.example.com"
+    assert [one.name for one in (await world.ok(registries.list)).registries] == [name]
     await world.fails(registries.list, UNPROCESSABLE, "limit", limit=0)
+    await world.ok(registries.delete, name)
+    for method in (registries.retrieve, registries.update, registries.delete):
+        await world.fails(method, NOT_FOUND, "not found", name)
 
 
 async def test_raw_and_streamed_answers(world: World) -> None:
@@ -89,13 +103,12 @@ async def test_raw_and_streamed_answers(world: World) -> None:
         (sandboxes, "boxes", "list", ()),
         (sandboxes.boxes, "", "list", ()),
         (sandboxes.snapshots, "", "retrieve", ("default",)),
-        (sandboxes.registries, "", "retrieve", None),
+        (sandboxes.registries, "", "list", ()),
     ):
         for form in ("with_raw_response", "with_streaming_response"):
             view = await world.get(owner, form)
             call = getattr(getattr(view, part) if part else view, method)
-            if good is not None:
-                assert await status(world, form, call(*good)) == 200
+            assert await status(world, form, call(*good)) == 200
             bad: dict[str, Any] = {"limit": 0} if method == "list" else {}
             try:
                 await status(world, form, call(*(() if bad else (NOBODY,)), **bad))
