@@ -59,6 +59,10 @@ class CommandSession(asyncssh.SSHServerSession[bytes]):
     """What a session channel tells its session, beyond what `asyncssh.SSHServerSession` knows."""
 
     @abstractmethod
+    def say(self, text: str) -> None:
+        """A message of ours to the client's standard error."""
+
+    @abstractmethod
     def output_stopped(self) -> None:
         """The client reads no output any more (PROTOCOL, 2.1: eow@openssh.com)."""
 
@@ -167,9 +171,10 @@ class Connection(asyncssh.SSHServerConnection):
         return self._client_version.decode("ascii", "replace")
 
     @property
-    def channels(self) -> int:
-        """How many are open."""
-        return len(self._channels)
+    def sessions(self) -> list[CommandSession]:
+        """Those that are open."""
+        found = [channel._session for channel in self._channels.values()]
+        return [session for session in found if isinstance(session, CommandSession)]
 
     # --- the transport ------------------------------------------------------------------------------------------------
 

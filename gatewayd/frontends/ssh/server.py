@@ -120,7 +120,10 @@ class Server(Gate, SessionOwner):
     async def aclose(self) -> None:
         """End the connection and all it does; idempotent."""
         if self._connection is not None and not self.closed.done():
+            for session in self._connection.sessions:  # ssh shows no reason once its last session has ended
+                session.say("sandbox: the gateway is stopping")
             self._connection.disconnect(asyncssh.DISC_BY_APPLICATION, "the gateway is stopping")
+            await asyncio.wait([self.closed], timeout=LOST_GRACE)
         await self._background.aclose()
         await self._work.aclose()
 
@@ -222,6 +225,6 @@ async def serve(connection_socket: Any, options: asyncssh.SSHServerConnectionOpt
         _, connection = await loop.create_unix_connection(lambda: Connection(loop, options, server), sock=connection_socket)
         if early:
             connection.data_received(early)
-        await server.closed
+        await asyncio.shield(server.closed)
     finally:
         await server.aclose()

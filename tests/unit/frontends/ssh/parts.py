@@ -37,6 +37,7 @@ class HostSession:
         self._tasks = TaskOwner("host session")
         self.input_stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # a test makes it fail
+        self.closed = False  # aclose was called
         self._pty = spec.pty
         argv = list(spec.argv) or (["/bin/bash", "-c", spec.command] if spec.command else ["/bin/bash"])
         env = {**os.environ, **spec.env, **({"TERM": spec.term} if spec.term else {})}
@@ -152,6 +153,7 @@ class HostSession:
         return ExitStatus(code) if code >= 0 else ExitStatus(None, signal.Signals(-code).name.removeprefix("SIG"))
 
     async def aclose(self) -> None:
+        self.closed = True
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGHUP)
@@ -169,6 +171,7 @@ class HostListener:
     def __init__(self, sock: socket.socket, on_stream: OnStream, path: str = "") -> None:
         self.port = sock.getsockname()[1] if sock.family == socket.AF_INET else 0
         self.path = path
+        self.closed = False  # aclose was called
         self._sock = sock
         self._tasks = TaskOwner("host listener")
         sock.setblocking(False)
@@ -180,6 +183,7 @@ class HostListener:
             self._tasks.start(on_stream(SocketStream.from_socket(sock), "127.0.0.1:4321"), "stream")
 
     async def aclose(self) -> None:
+        self.closed = True
         await self._tasks.aclose()
         self._sock.close()
 
@@ -191,6 +195,7 @@ class HostGuests:
     unusable: GatewayError | None = None  # raised by ready
     sessions: list[HostSession] = field(default_factory=list)  # all there were
     started: asyncio.Queue[HostSession] = field(default_factory=asyncio.Queue)  # those that no test has taken yet
+    listeners: list[HostListener] = field(default_factory=list)  # all there were, on ports
     directory: str = ""  # for sockets
 
     async def ready(self, *_: object, wake: bool) -> None:
@@ -220,9 +225,10 @@ class HostGuests:
 
     async def listen_tcp(self, account: object, sandbox: str, host: str, port: int, on_stream: OnStream) -> HostListener:
         try:
-            return HostListener(socket.create_server((host, port)), on_stream)
+            self.listeners.append(HostListener(socket.create_server((host, port)), on_stream))
         except OSError as exc:
             raise GatewayError(f"cannot listen on {port}: {exc.strerror}", kind="failed") from exc
+        return self.listeners[-1]
 
     async def listen_unix(self, account: object, sandbox: str, path: str, user: str, on_stream: OnStream) -> HostListener:
         path = path or f"{self.directory}/agent"
@@ -306,8 +312,12 @@ class Front:
         assert process.returncode is not None
         return process.returncode, out, err
 
-    async def aclose(self) -> None:
+    async def stop(self) -> None:
+        """As a daemon does that ends."""
         await self._tasks.aclose()
+
+    async def aclose(self) -> None:
+        await self.stop()
         self._sock.close()
         for session in self.guests.sessions:
             await session.aclose()

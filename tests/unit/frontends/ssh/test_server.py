@@ -83,6 +83,17 @@ async def test_a_lost_sandbox_is_told_and_ends_the_connection(front: Front) -> N
             await client.wait_closed()
 
 
+async def test_a_gateway_that_stops_takes_leave(front: Front) -> None:
+    running = asyncio.ensure_future(front.run("ssh", "-R", "0:127.0.0.1:1", "box", "sleep 100"))
+    session = await started(front)
+    await front.stop()
+    code, _, err = await running
+    assert code == 255
+    assert b"the gateway is stopping" in err
+    assert session.closed
+    assert [listener.closed for listener in front.guests.listeners] == [True]
+
+
 async def test_what_cannot_start_is_told(front: Front) -> None:
     front.guests.unusable = GatewayError("cannot start the guest: disk full", kind=ErrorKind.FAILED)
     assert await front.run("ssh", "box", "true") == (255, b"", b"sandbox: cannot start the guest: disk full\n")
