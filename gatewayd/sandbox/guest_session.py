@@ -248,8 +248,7 @@ class GuestSession:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            # A fresh object each time: a shared one would gather the traceback of everybody who raised it.
-            raise type(self._error)(self._error.message, kind=self._error.kind, hint=self._error.hint)
+            raise _again(self._error)
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -454,7 +453,7 @@ class GuestSession:
         if self._error is None and not only_exit:
             self._error = error
         if not self._exit.done():
-            self._exit.set_exception(type(error)(error.message, kind=error.kind, hint=error.hint))
+            self._exit.set_exception(_again(error))
             self._exit.exception()  # seen: nobody has to wait for it
         if not self.input_stopped.done():
             self.input_stopped.set_result(None)
@@ -462,3 +461,9 @@ class GuestSession:
         self._room.set()
         for buffer in self._buffers.values():
             buffer.ready.set()
+
+
+def _again(error: GatewayError) -> GatewayError:
+    """A fresh object: a shared one would gather the traceback of everybody who raised it."""
+    kind = type(error) if isinstance(error, StreamReset | DialRefused) else GatewayError
+    return kind(error.message, kind=error.kind, hint=error.hint)

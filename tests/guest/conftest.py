@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from gatewayd.config import Profile, Proxies
+from gatewayd.errors import GatewayError
 from gatewayd.sandbox import guest_session
 from gatewayd.sandbox import pool as pool_module
 from gatewayd.sandbox.accounts import Account
@@ -167,5 +169,6 @@ async def own(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         world = open_world(service, cutter)
         world.sandbox = await make_sandbox(world.control)
         yield world
-        await world.control.rest.delete(world.sandbox)
+        with contextlib.suppress(GatewayError):  # a test may have deleted it
+            await world.control.rest.delete(world.sandbox)
         await close_world(world)
