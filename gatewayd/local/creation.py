@@ -58,7 +58,7 @@ def new_record(body: CreateBody, name: str, time: str, snapshot: SnapshotRecord)
         millicores=millicores(body),
         mem_bytes=body.mem_bytes,
         fs_capacity_bytes=max(body.fs_capacity_bytes or 0, snapshot.fs_capacity_bytes) or None,
-        labels=body.labels or {},
+        labels={**snapshot.labels, **(body.labels or {})},
         env_vars=body.env_vars or {},
         run_config=run_config or None,
         snapshot_id=None if snapshot is DEFAULT else snapshot.id,

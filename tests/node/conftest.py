@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.images.maker import Image, Layer
 from tests.sdk.conftest import Service
 
 HERE = Path(__file__).parent
@@ -89,13 +90,20 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             running.kill()
 
 
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image of one file, as a client asks for it."""
+    layer = Layer().add("note", b"hello").content()
+    return f"oci-archive:{Image([layer]).archive(tmp_path_factory.mktemp('image') / 'image.tar')}"
+
+
 @pytest.fixture
-def scenario(workshop: Path, service: Service) -> Run:
+def scenario(workshop: Path, service: Service, image: str) -> Run:
     """Run a scenario's script; what it printed, read as JSON."""
 
     def run(name: str) -> dict[str, Any]:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("LANGSMITH", "LANGCHAIN", "NODE_"))}
-        env |= {"ENDPOINT": service.endpoint, "KEY": service.key, "NAME": f"node-{name}"}
+        env |= {"ENDPOINT": service.endpoint, "KEY": service.key, "NAME": f"node-{name}", "IMAGE": image}
         result = subprocess.run(
             ["node", f"{name}.mjs"],
             cwd=workshop,

@@ -1,36 +1,21 @@
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { client, done, fails, get, name, ok, refused, sdk, seen } from "./harness.mjs";
+import { client, done, fails, name, refused, sdk, seen } from "./harness.mjs";
 
 const c = client();
 const invalid = "LangSmithValidationError";
 const said = {};
-const [snapshot] = await ok(c, "listSnapshots");
-await ok(c, "getSnapshot", snapshot.id);
-await ok(c, "waitForSnapshot", snapshot.id);
-for (const method of ["getSnapshot", "waitForSnapshot"]) await fails(c, method, "LangSmithResourceNotFoundError", "nobody");
-said.createSnapshot = await refused(c, "createSnapshot", invalid, name, "python:3.12", 1 << 30);
-said.deleteSnapshot = await refused(c, "deleteSnapshot", invalid, snapshot.id);
 const context = mkdtempSync(join(tmpdir(), "conformance-"));
 writeFileSync(join(context, "Dockerfile"), "FROM scratch\n");
 said.dockerfile = await refused(c, "createSnapshotFromDockerfile", "LangSmithResourceCreationError", name, "Dockerfile", { context });
 rmSync(context, { recursive: true });
 
 const box = await c.createSandbox({ name });
-said.capture = await refused(c, "captureSnapshot", invalid, name, "captured");
-said.captureHere = await refused(box, "captureSnapshot", invalid, "captured");
 said.download = await refused(c, "generateDownloadURL", invalid, name, "/file");
 said.downloadHere = await refused(box, "generateDownloadURL", invalid, "/file");
 said.service = await refused(c, "serviceUrl", invalid, name, { port: 8000 });
 await box.delete();
-
-const registries = await get(c, "registries");
-const account = { name, url: "registry.example.com", username: "robot", password: "x" };
-for (const [method, args] of [["create", [account]], ["retrieve", [name]], ["update", [name, {}]], ["delete", [name]]]) {
-  const error = await registries[method](...args).then(() => null, (caught) => caught);
-  said[`registries.${method}`] = await refused(registries, method, error?.constructor.name, ...args);
-}
 
 const secret = sdk.opaqueSecret("x");
 const rule = { name: "r", matchHosts: ["example.com"], headers: [{ name: "X", ...secret }, { name: "Y", ...sdk.workspaceSecret("Y") }] };

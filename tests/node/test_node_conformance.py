@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.node.conftest import Run
 
 seen: defaultdict[str, set[str]] = defaultdict(set)  # "Class.method" or "function" → how calls of it ended
-SCENARIOS = {"lifecycle", "commands", "files", "refused", "generated"}
+SCENARIOS = {"lifecycle", "commands", "files", "snapshots", "refused", "generated"}
 finished: set[str] = set()
 
 # A pattern that fits the whole name → why. Every method that fits none must be seen to succeed and to fail.
@@ -24,19 +24,15 @@ CANNOT_FAIL = {
     r"CommandHandle\.(kill|closeInput)": "no effect on a command that has ended",
 }
 ONLY_REFUSED = {
-    r"(SandboxClient|Sandbox)\.captureSnapshot|Boxes\.createSnapshot": "snapshots are not made here",
-    r"SandboxClient\.(createSnapshot|deleteSnapshot)|Snapshots\.(create|delete)": "there is one snapshot, `default`",
-    r"SandboxClient\.createSnapshotFromDockerfile": "the one snapshot has no BuildKit",
+    r"SandboxClient\.createSnapshotFromDockerfile": "the default snapshot has no BuildKit",
     r"SandboxClient\.serviceUrl|Boxes\.(generate|delete)ServiceURL": "ports are reached through tunnels",
     r"(SandboxClient|Sandbox|Boxes)\.generateDownloadURL": "files are read through `read` and `readRange`",
-    r"Registries\.(create|retrieve|update|delete)": "no images are pulled",
     r"proxyConfig|\w+Secret|awsAuth|gcpAuth": "`proxyConfig`: sandboxes have no way out to the network",
     r"mountConfig|\w+Mount": "`mountConfig`: nothing is mounted into sandboxes",
     r"validateAccessDelegation": "`accessDelegation`: there are no accounts",
 }
 EMPTY = {  # they work, and find nothing
     r"Boxes\.listServiceURLs": "always empty: ports are reached through tunnels",
-    r"Registries\.list": "always empty: no images are pulled",
 }
 NOT_REACHED = {r"ServiceUrl\.\w+": "made by `serviceUrl`"}
 CLOUD_ONLY = {
@@ -97,15 +93,23 @@ def test_files(scenario: Run) -> None:
     finished.add("files")
 
 
+def test_snapshots(scenario: Run) -> None:
+    got = play(scenario, "snapshots")
+    said = got["said"]
+    assert "must be an image" in said["createSnapshot"]
+    assert all("a name has" in said[what] for what in ("capture", "captureHere"))
+    assert "is used by node-snapshots" in said["used"]
+    assert (got["note"], got["tags"], got["same"], got["told"]) == ("hello", ["latest"], True, False)
+    assert got["url"] == "other.example.com"
+    finished.add("snapshots")
+
+
 def test_what_is_refused(scenario: Run) -> None:
     got = play(scenario, "refused")
     said = got["said"]
-    for what in ("createSnapshot", "deleteSnapshot", "capture", "captureHere"):
-        assert "makes no others" in said[what]
     assert "build failed" in said["dockerfile"]
     assert all("use /download" in said[what] for what in ("download", "downloadHere"))
     assert "use a tunnel" in said["service"]
-    assert all("error_id" in answer for what, answer in said.items() if what.startswith("registries."))
     for what in ("proxyConfig", "awsAuth", "gcpAuth", "mountConfig", "gitMount", "gcsMount", "contextHubMount", "delegation"):
         assert "not available in this service" in said[what]
     assert got["left"] == 0
@@ -119,7 +123,7 @@ def test_generated_resources(scenario: Run) -> None:
     assert got["listed"] == ["node-generated", "node-generated-2"]
     assert got["found"] == ["default"]
     assert got["shared"] == got["registries"] == []
-    assert len(got["said"]) == 6
+    assert len(got["said"]) == 3
     assert all("error_id" in said for said in got["said"])
     finished.add("generated")
 
