@@ -25,6 +25,14 @@ class PortRefused(Exception):
 
 
 @dataclass(frozen=True)
+class Network:
+    """Which addresses a sandbox's way out leads to, before the service looks at a connection: all but those closed."""
+
+    closed: tuple[str, ...]  # CIDR; refused at once, as if nobody listened there
+    opened: tuple[str, ...] = ()  # CIDR; exceptions from that
+
+
+@dataclass(frozen=True)
 class BoxSpec:
     """What a sandbox is made of, fixed for one run (from start to stop)."""
 
@@ -34,6 +42,7 @@ class BoxSpec:
     mem_bytes: int | None = None  # memory limit; None: no limit
     fs_capacity_bytes: int | None = None  # size of the writable disk; None: no limit. Grows at a start, never shrinks
     layers: tuple[str, ...] = ()  # what a new disk lies on, topmost first; empty: the default snapshot
+    network: Network | None = None  # a way out by way of the service; None: none
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,9 @@ class Box(Protocol):
 
     spec: BoxSpec
     limits_note: str  # what of the spec's limits this machine cannot enforce, "" when all is
+    # what `spec.network` asked for: a listening TCP socket and a UDP socket for each address family, which every connection and
+    # DNS query from inside ends at (with SO_ORIGINAL_DST). Empty: there is no way out. Whoever takes them empties the list
+    gates: list[socket.socket]
     ended: asyncio.Future[str]  # resolves with the reason when the sandbox has ended, however that came
 
     async def spawn(self, spec: SpawnSpec) -> Process:
@@ -209,6 +221,7 @@ class Runtime(Protocol):
     """Makes boxes on this machine."""
 
     name: str  # "native", …
+    reaches_network: bool  # whether `BoxSpec.network` is heeded
 
     @property
     def layers(self) -> Layers | None:

@@ -78,6 +78,7 @@ class DockerRuntime:
     """Boxes by Docker. See `base.Runtime`."""
 
     name = "docker"
+    reaches_network = False  # containers are made without
     layers = None  # images of the daemon's own are not used: there is the default snapshot alone
     tmpfs: ClassVar[dict[str, str]] = _TMPFS  # what is in memory inside: folder → mount options
 

@@ -33,6 +33,7 @@ class DockerBox:
     def __init__(self, api: DockerApi, spec: BoxSpec, container: str, spool: Path, limits_note: str) -> None:
         self.spec = spec
         self.limits_note = limits_note
+        self.gates: list[socket.socket] = []  # containers have no network
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._api = api
         self._container = container  # id

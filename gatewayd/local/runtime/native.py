@@ -24,7 +24,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from gatewayd.local.runtime import cgroups, checks, disk, idmap, layers, rootfs
+from gatewayd.local.runtime import cgroups, checks, disk, idmap, layers, packetfilter, rootfs
 from gatewayd.local.runtime.base import BoxSpec, Finding, RuntimeFailure, box_dir
 from gatewayd.local.runtime.checks import can_size_tmpfs, find_bubblewrap
 from gatewayd.local.runtime.inside import loopdisk, seccomp
@@ -45,6 +45,7 @@ class NativeRuntime:
     """Boxes by bubblewrap. See `base.Runtime`."""
 
     name = "native"
+    reaches_network = True
 
     def __init__(self, state_dir: Path, base: Path | None = None) -> None:
         """`base`: archive of a root file system to make sandboxes on, instead of this machine's own programs."""
@@ -70,7 +71,7 @@ class NativeRuntime:
 
     async def check(self) -> list[Finding]:
         """What this machine offers and what it lacks, for people to read. Changes nothing, never raises."""
-        return await checks.examine(self._state_dir, self._ids, self._cgroups.controllers)
+        return [*await checks.examine(self._state_dir, self._ids, self._cgroups.controllers), packetfilter.finding()]
 
     async def recover(self) -> None:
         """Remove what a killed service left behind (processes, cgroups, half-deleted disks). Call once, before anything else."""
@@ -102,7 +103,8 @@ class NativeRuntime:
             limits = self._cgroups.create(spec.id, spec.vcpus, spec.mem_bytes)
         except OSError as exc:
             raise RuntimeFailure(f"cannot start the sandbox: {exc.strerror}") from exc
-        box = NativeBox(spec, self._note(limits.note, disk_note))
+        network, network_note = packetfilter.plan(spec.network)
+        box = NativeBox(spec, self._note(limits.note, disk_note, network_note))
         folder = box_dir(self._state_dir, spec.id)
         plan = {
             "box_dir": str(folder),
@@ -115,6 +117,7 @@ class NativeRuntime:
             "mounts": self._mounts(spec, sized=sized, host_usr=on_host_usr(stack)),
             "max_pids": cgroups.MAX_PIDS,
             "seccomp": self._call_filter.hex(),
+            "network": network,
         }
         try:
             await box.boot(plan)

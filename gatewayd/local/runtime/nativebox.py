@@ -21,7 +21,7 @@ from typing import Any
 from gatewayd.local.runtime.agentlink import AgentLink
 from gatewayd.local.runtime.base import BoxSpec, PortRefused, RuntimeFailure, SpawnSpec
 from gatewayd.local.runtime.inside import packets
-from gatewayd.local.runtime.nativelistener import NativeListener, checked
+from gatewayd.local.runtime.nativelistener import NativeListener, checked, checked_gates
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class NativeBox:
     def __init__(self, spec: BoxSpec, limits_note: str) -> None:
         self.spec = spec
         self.limits_note = limits_note
+        self.gates: list[socket.socket] = []  # set by boot
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._monitor: asyncio.subprocess.Process | None = None  # set by boot
         self._lifeline, self._their_lifeline = socket.socketpair(
@@ -130,12 +131,30 @@ class NativeBox:
                     raise RuntimeFailure(f"cannot start the sandbox: {report.get('failed', 'its monitor died')}")
                 self.outer_pid = int(report["running"])
                 await self._link.hello
+                if plan["network"] is not None:
+                    await self._open_gates(self._link)
         except TimeoutError:
             await self._abandon()
             raise RuntimeFailure(f"cannot start the sandbox: not ready within {_BOOT_DEADLINE:.0f} s") from None
         except BaseException:
             await asyncio.shield(self._abandon())
             raise
+
+    async def _open_gates(self, link: AgentLink) -> None:
+        """Take the sockets that lead out over; where there are none the sandbox stays without, and says so."""
+        try:
+            for family, kind in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+                try:
+                    _, fds = await link.request("network", family=family)
+                except OSError:
+                    if family == 4:
+                        raise
+                    return  # no IPv6 on this machine
+                self.gates += checked_gates(fds, kind)
+        except OSError as exc:
+            problem = "".join(char if char.isprintable() else " " for char in str(exc.filename or exc.strerror))[:200]
+            log.warning("box %s: no network: %s", self.spec.id, problem)
+            self.limits_note = "; ".join(filter(None, (self.limits_note, f"no network: {problem}")))
 
     async def _report(self) -> dict[str, Any]:
         """The monitor's next packet; {} when it is gone."""
@@ -149,6 +168,9 @@ class NativeBox:
         """Let go of everything and see the monitor off."""
         if self._link is not None:
             self._link.close()
+        for gate in self.gates:
+            gate.close()
+        self.gates.clear()
         self._lifeline.close()
         if self._monitor is not None:
             try:

@@ -33,6 +33,22 @@ def checked(answer: dict[str, Any], fds: list[int]) -> tuple[socket.socket, str]
     return sock, str(path)
 
 
+def checked_gates(fds: list[int], family: int) -> list[socket.socket]:
+    """The two sockets of `base.Box.gates` for one family, out of an agent's answer; takes them over. Raises RuntimeFailure."""
+    if len(fds) != 2 or not all(stat.S_ISSOCK(os.fstat(fd).st_mode) for fd in fds):
+        packets.close_all(fds)
+        raise RuntimeFailure("the sandbox's agent gave no sockets")
+    tcp, udp = socks = [socket.socket(fileno=fd) for fd in fds]
+    kinds = [sock.type for sock in socks] == [socket.SOCK_STREAM, socket.SOCK_DGRAM]
+    if not kinds or any(sock.family != family for sock in socks) or not tcp.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        tcp.close()
+        udp.close()
+        raise RuntimeFailure("the sandbox's agent gave sockets of another kind")
+    for sock in socks:
+        sock.setblocking(False)
+    return socks
+
+
 class NativeListener:
     """See `base.UnixListener`."""
 

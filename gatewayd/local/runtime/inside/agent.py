@@ -30,6 +30,7 @@ from gatewayd.local.runtime.inside import accounts, kernel, packets
 from gatewayd.local.runtime.inside.files import Files
 from gatewayd.local.runtime.inside.freezer import Freezer
 from gatewayd.local.runtime.inside.listeners import Listeners
+from gatewayd.local.runtime.inside.network import Gate
 from gatewayd.local.runtime.inside.packets import Request
 
 _CONNECT_DEADLINE = 5.0  # seconds for a port inside to accept: beyond the time of a full backlog being drained
@@ -40,11 +41,12 @@ _UNFROZEN = ("freeze", "thaw", "terminate")  # operations that are done while ev
 _LOOPBACKS = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
-def run(channel: socket.socket, call_filter: bytes, max_pids: int) -> None:
+def run(channel: socket.socket, call_filter: bytes, max_pids: int, way_out: str | None) -> None:
     """Serve requests until the service closes the channel; never returns normally to the caller's code.
 
     Everything in the sandbox descends from this process, so what it cannot do, nothing can: capabilities, privileges gained by
     execve, and system calls are taken from it (`call_filter` as `kernel.filter_calls`; empty: none on this machine).
+    `way_out` is for `network.Gate`.
     """
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
@@ -61,7 +63,7 @@ def run(channel: socket.socket, call_filter: bytes, max_pids: int) -> None:
         kernel.filter_calls(call_filter)
     status = 0
     try:
-        Agent(channel).serve()
+        Agent(channel, way_out).serve()
     except BaseException as exc:  # noqa: BLE001 - the last word of a process that has no stderr
         with contextlib.suppress(OSError, ValueError):
             packets.send(channel, {"event": "failed", "reason": f"{type(exc).__name__}: {exc}"[:500]})
@@ -72,7 +74,7 @@ def run(channel: socket.socket, call_filter: bytes, max_pids: int) -> None:
 class Agent:
     """The request loop and what it keeps between requests."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, way_out: str | None) -> None:
         self._channel = channel  # to the service; its end is our end
         self._poll = select.epoll()  # the channel, the SIGCHLD pipe, connects under way
         self._children: set[int] = set()  # started and not yet reaped
@@ -92,6 +94,7 @@ class Agent:
             "abort": files.abort,
             "listen": listeners.listen,
             "unlisten": listeners.unlisten,
+            "network": Gate(self._answer, way_out).open,
             "freeze": self._freeze,
             "thaw": self._thaw,
         }

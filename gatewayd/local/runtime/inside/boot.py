@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gatewayd.local.runtime.inside import agent, anchor, idspace, kernel, loopdisk
+from gatewayd.local.runtime.inside import agent, anchor, idspace, kernel, loopdisk, network
 
 _DEADLINE = 15.0  # seconds for bubblewrap to report that the sandbox stands
 _MOUNTPOINTS = ("/mnt", "/media", "/srv", "/opt")  # a folder every user may pass through; used in a private mount namespace only
@@ -208,10 +208,14 @@ def _join(plan: dict[str, Any], pipes: _Pipes, channel: socket.socket) -> None:
     with contextlib.suppress(PermissionError):  # as root: a sandbox out of memory must not lose its agent
         Path("/proc/self/oom_score_adj").write_text("-900")
     fds = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in _NAMESPACES]
+    way_out = None  # nobody asked for one
+    if plan["network"] is not None:  # before the mount namespace is joined: the program is this machine's
+        inside = (fds[_NAMESPACES.index("user")], fds[_NAMESPACES.index("net")])
+        way_out = network.set_up(inside, plan["network"]["nft"], plan["network"]["rules"])
     for fd in fds:
         kernel.setns(fd)
         os.close(fd)
     idspace.become_root()
     if os.fork() == 0:  # only a child is inside the new pid namespace
         pipes.keep()
-        agent.run(channel, bytes.fromhex(plan["seccomp"]), plan["max_pids"])
+        agent.run(channel, bytes.fromhex(plan["seccomp"]), plan["max_pids"], way_out)
