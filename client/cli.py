@@ -36,6 +36,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "ps": ("ps", "List the sessions of exec and console in a sandbox."),
         "attach": ("attach", "Go on with one of them."),
     },
+    "Snapshots": {
+        "snapshot": ("snapshot", "Build, capture, list, get, wait for and delete snapshots."),
+    },
     "Connecting": {
         "tunnel": ("tunnel", "Make a port of a sandbox a local port, or a pipe."),
         "ssh-setup": ("ssh_setup", "Set up `ssh sandbox-NAME`, scp, rsync and the like, once."),
@@ -107,6 +110,19 @@ class Command(click.Command):
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = examples  # command lines, each of which works as it stands in a documented situation
+        self.params = [*self.params, *_global_options()]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        _write_examples(formatter, self.examples)
+
+
+class Family(click.Group):
+    """A command of several: takes the global options, and shows its examples below its help."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples  # as in `Command`
         self.params = [*self.params, *_global_options()]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

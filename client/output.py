@@ -142,6 +142,13 @@ def progress(text: str) -> Iterator[None]:
         sys.stderr.flush()
 
 
+def step(text: str) -> None:
+    """Within `progress`: says anew what is being waited for, on the same line."""
+    if is_terminal(sys.stderr):
+        sys.stderr.write(f"\r\x1b[K{shorten(clean(text), 100)} …")
+        sys.stderr.flush()
+
+
 def as_json(value: object, indent: int | None = 2) -> str:
     """One JSON document and a newline, readable by people and harmless on a terminal."""
     import json

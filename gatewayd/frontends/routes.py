@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gatewayd.api import DAEMON_LOG, PROFILE_LOCAL, VERSION, ErrorKind
-from gatewayd.config import Caller, Settings
 from gatewayd.errors import GatewayError
-from gatewayd.frontends.fields import Fields
-from gatewayd.frontends.tcp import Forwards
+from gatewayd.frontends.snapshots import SNAPSHOT_ROUTES
+from gatewayd.frontends.table import Call, Reply, Route, Services, digits
 from gatewayd.sandbox import sshd
-from gatewayd.sandbox.accounts import Account, Accounts
-from gatewayd.sandbox.boxes import Directory, list_boxes, wait_for
-from gatewayd.sandbox.embedded import Embedded
-from gatewayd.sandbox.pool import Pool
+from gatewayd.sandbox.accounts import Account
+from gatewayd.sandbox.boxes import list_boxes, wait_for
 
 if TYPE_CHECKING:
     from gatewayd.api import LinkStatus, SandboxStatus, SshHost, Status
@@ -37,54 +33,6 @@ UPDATE_FIELDS = (
     *("name", "vcpus", "mem_bytes", "fs_capacity_bytes", "idle_ttl_seconds", "delete_after_stop_seconds", "proxy_config"),
 )
 LIST_FILTERS = ("name_contains", "status", "sort_by", "sort_direction", "label")
-
-
-@dataclass
-class Services:
-    """The parts of the daemon that routes act on."""
-
-    settings: Settings
-    accounts: Accounts
-    directory: Directory
-    pool: Pool
-    forwards: Forwards
-    embedded: Embedded
-    stop: Callable[[bool], None]  # begins the daemon's stop; True: leave the embedded service running
-    started_at: float = field(default_factory=time.time)  # Unix time
-    carrier: Callable[[Account, str], str] = lambda account, sandbox: ""  # what carries ssh and exec there; "": not known yet
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request."""
-
-    caller: Caller
-    path: Mapping[str, str]  # what the route's {placeholders} stand for
-    query: Fields  # numbers are still text
-    body: Fields
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer."""
-
-    body: Any = None  # JSON; None: no content
-    status: int = 200
-
-
-Handler = Callable[[Services, Call], Awaitable[Reply]]
-
-
-@dataclass(frozen=True)
-class Route:
-    """One line of the table."""
-
-    verb: str
-    path: str  # below /v1
-    handler: Handler
-    summary: str
-    fields: tuple[str, ...] = ()  # of the request's JSON body
-    query: tuple[str, ...] = ()  # query parameters
 
 
 async def get_status(services: Services, call: Call) -> Reply:
@@ -116,8 +64,8 @@ async def shutdown(services: Services, call: Call) -> Reply:
 
 async def list_sandboxes(services: Services, call: Call) -> Reply:
     call.query.only("limit", "offset", *LIST_FILTERS)
-    limit = _digits(call.query, "limit", LIST_DEFAULT)
-    offset = _digits(call.query, "offset", 0)
+    limit = digits(call.query, "limit", LIST_DEFAULT)
+    offset = digits(call.query, "offset", 0)
     account = services.accounts.select(call.caller)
     return Reply({"sandboxes": await list_boxes(account.rest, call.query.some(*LIST_FILTERS), limit, offset)})
 
@@ -228,7 +176,10 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/sandboxes/{name}/wait", wait_for_sandbox, "Wait until a sandbox is ready or stopped", ("for", "timeout")),
     Route("POST", "/sandboxes/{name}/ssh-setup", add_ssh_keys, "Start sshd, allow keys, read the host keys", ("public_keys",)),
     Route("DELETE", "/sandboxes/{name}/ssh-setup", remove_ssh_keys, "Withdraw keys", ("public_keys",)),
+    *SNAPSHOT_ROUTES,
 )
+
+__all__ = ["ROUTES", "Call", "Reply", "Route", "Services", "openapi"]
 
 
 def openapi() -> dict[str, Any]:
@@ -241,14 +192,16 @@ def openapi() -> dict[str, Any]:
             "responses": {"default": {"description": 'JSON; errors are {"error": {"kind", "message", "hint"}}'}},
         }
         parameters: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": {"type": "string"}} for name in route.query]
-        if "{name}" in route.path:
-            parameters.append({"name": "name", "in": "path", "required": True, "schema": {"type": "string"}})
+        parameters += [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"{(\w+)", route.path)
+        ]
         if parameters:
             operation["parameters"] = parameters
         if route.fields:
             schema = {"type": "object", "properties": {name: {} for name in route.fields}, "additionalProperties": False}
             operation["requestBody"] = {"content": {"application/json": {"schema": schema}}}
-        paths.setdefault(f"/v1{route.path}", {})[route.verb.lower()] = operation
+        paths.setdefault(f"/v1{route.path.replace(':path', '')}", {})[route.verb.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "gatewayd", "version": VERSION}, "paths": paths}
 
 
@@ -271,10 +224,3 @@ def _ssh_request(services: Services, call: Call) -> tuple[Account, str, list[str
 
 def _timeout(call: Call) -> float:
     return call.body.number("timeout", WAIT_DEFAULT, most=WAIT_MAX)
-
-
-def _digits(query: Fields, name: str, default: int) -> int:
-    text = query.text(name, str(default))
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise GatewayError(f"{name} must be a whole number", kind=ErrorKind.USAGE)
-    return int(text)

@@ -247,7 +247,7 @@ async def test_openapi_is_the_table(sock: Control) -> None:
     status, document = await sock.ask("GET", "/openapi.json")
     assert status == 200
     found = {(verb.upper(), path) for path, verbs in document["paths"].items() for verb in verbs}
-    assert found == {(route.verb, f"/v1{route.path}") for route in ROUTES}
+    assert found == {(route.verb, f"/v1{route.path}".replace(":path", "")) for route in ROUTES}
     assert document["paths"]["/v1/sandboxes"]["post"]["requestBody"]["content"]["application/json"]["schema"][
         "properties"
     ].keys() >= {"wait"}
