@@ -92,7 +92,7 @@ KINDS.update({errno.EACCES: "permission", errno.EPERM: "permission"})
 AGAIN = (errno.EAGAIN, errno.EINTR)
 
 # ioctls and fcntls of Linux (asm-generic), which the module termios would have
-TCGETS, TCSETS, TIOCSCTTY, TIOCGPGRP, TIOCSWINSZ = 0x5401, 0x5402, 0x540E, 0x540F, 0x5414
+TCGETS, TCSETS, TIOCSCTTY, TIOCGPGRP, TIOCSWINSZ, FIONREAD = 0x5401, 0x5402, 0x540E, 0x540F, 0x5414, 0x541B
 TIOCGPTN, TIOCSPTLCK, TIOCGPTPEER, F_SETPIPE_SZ = 0x80045430, 0x40045431, 0x5441, 1031
 
 
@@ -155,6 +155,19 @@ class Fields:
         return int(value)
 
 
+def started_with() -> "dict[bytes, bytes]":
+    """The environment of the guest's start; Python adds LC_CTYPE to its own."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            pairs = [setting.partition(b"=") for setting in file.read().split(b"\0")]
+        return {name: value for name, equals, value in pairs if name and equals}
+    except OSError:
+        return dict(os.environb)
+
+
+ENVIRONMENT = started_with()
+
+
 class Account:
     """A user of the sandbox."""
 
@@ -193,7 +206,7 @@ class Account:
             os.setresuid(self.uid, self.uid, self.uid)
 
     def environment(self) -> "dict[bytes, bytes]":
-        env = {key: value for key, value in os.environb.items() if key not in NOT_INHERITED}
+        env = {key: value for key, value in ENVIRONMENT.items() if key not in NOT_INHERITED}
         if not self.own:
             env = {key: value for key, value in env.items() if key not in NOT_FOR_OTHERS}
         name = os.fsencode(self.name)
@@ -726,10 +739,11 @@ class Session:
         self.owe_ack()
         if self.closed or (self.failed and kind != CLOSE):
             return
+        opening = kind == OPEN and self.work is None
         try:
             self.act(kind, payload)
         except Refused as refused:
-            if refused.kind == "usage" and kind != OPEN:
+            if refused.kind == "usage" and not opening:
                 self.violated(str(refused))
             else:
                 self.fail(refused)
@@ -828,13 +842,15 @@ class Session:
 class Channel:
     """A descriptor of some work: where its input goes, where a stream of its output comes from, or both."""
 
-    def __init__(self, work: "Work", fd: int, stream: int, writable: bool, chunk: int = MAX_PAYLOAD) -> None:
+    def __init__(self, work: "Work", fd: int, stream: int, writable: bool, terminal: bool = False) -> None:
         self.work = work
         self.session = work.session
         self.loop = work.session.guest.loop
         self.fd = fd  # -1 once closed
         self.stream = stream  # of output that is read here; 0: none
-        self.chunk = chunk  # bytes of one read
+        self.terminal = terminal  # it may hang up for a while
+        self.chunk = 65536 if terminal else MAX_PAYLOAD  # bytes of one read
+        self.hung = False  # nobody will write any more: what can be read is all there is
         self.writable = writable  # whether input goes here; False once nobody takes it
         self.queue = deque()  # type: Buffers  # input
         self.ending = False  # input ends when the queue is empty
@@ -852,6 +868,8 @@ class Channel:
         events = select.EPOLLOUT if self.queue else 0
         if self.reading and (self.discarding or self.session.room(self.stream) > 0):
             events |= select.EPOLLIN
+        elif self.reading and not self.hung and not self.terminal:
+            events |= select.EPOLLRDHUP  # the end needs no room
         if events or (self.writable and not self.stream):
             self.loop.watch(self.fd, events, self.ready)
         else:
@@ -859,7 +877,9 @@ class Channel:
 
     def ready(self, events: int) -> None:
         try:
-            if self.queue and events & ~select.EPOLLIN:
+            if events & (select.EPOLLHUP | select.EPOLLRDHUP) and not self.terminal:
+                self.hung = True
+            if self.queue and events & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP):
                 self.write()
             elif events & select.EPOLLERR and self.writable and not self.stream:
                 self.broken(errno.EPIPE)  # a pipe that nobody reads
@@ -914,10 +934,10 @@ class Channel:
         """One read, so that others have their turn; all there is when the end is near."""
         while self.reading:
             size = self.chunk if self.discarding else min(self.chunk, self.session.room(self.stream))
-            if size <= 0:
+            if size <= 0 and not (self.hung and unread(self.fd) == 0):
                 break
             try:
-                data = os.read(self.fd, size)
+                data = os.read(self.fd, max(1, size))
             except OSError as error:
                 if error.errno not in AGAIN:
                     self.ended(error.errno or 0)
@@ -929,11 +949,12 @@ class Channel:
                 break
             if not self.discarding:
                 self.session.output(self.stream, data)
-            if not self.drain_until:
+            if self.drain_until:
+                self.drain_left -= len(data)
+                if self.drain_left < 0:
+                    self.ended(0)
+            elif not self.hung:
                 break
-            self.drain_left -= len(data)
-            if self.drain_left < 0:
-                self.ended(0)
         self.update()
 
     def drain(self) -> None:
@@ -1106,7 +1127,7 @@ class Process(Work):
             raise Refused.because("open a terminal", error) from None
         finally:
             close_quietly(slave)
-        self.channels = [Channel(self, master, 1, True, 65536)]
+        self.channels = [Channel(self, master, 1, True, terminal=True)]
 
     def spawn(self, ends: "list[int]", terminal: bool, run: "Callable[[int], None]") -> None:
         """Fork; the child gets `ends` as descriptors 0 to 2 and calls `run` with the end of the report. Raises OSError."""
@@ -1313,13 +1334,27 @@ class Process(Work):
 
 
 def execute(program: bytes, args: "list[bytes]", env: "dict[bytes, bytes]") -> None:
-    """As execvp(3). Raises OSError."""
-    try:
-        os.execvpe(program, args, env)
-    except OSError as error:
-        if error.errno != errno.ENOEXEC:
-            raise
-        os.execve("/bin/sh", [b"sh", program, *args[1:]], env)
+    """As execvp(3). Raises OSError. Not os.execvpe, which imports, and another user may not be able to read Python's library."""
+    paths = [program]
+    if b"/" not in program:
+        paths = [os.path.join(folder, program) for folder in env.get(b"PATH", BASE_PATH).split(b":")]
+    failure = OSError(errno.ENOENT, "")
+    for path in paths:
+        try:
+            os.execve(path, args, env)
+        except OSError as error:
+            if error.errno == errno.ENOEXEC:
+                os.execve(b"/bin/sh", [b"sh", path, *args[1:]], env)
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                failure = error  # goes on: it may be found in another folder
+            elif failure.errno == errno.ENOENT:
+                failure = error
+    raise failure
+
+
+def unread(fd: int) -> int:
+    """How many bytes there are to be read."""
+    return int(struct.unpack("i", fcntl.ioctl(fd, FIONREAD, b"\0" * 4))[0])
 
 
 def enlarge(pipe: int) -> None:

@@ -15,14 +15,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """One guest for the tests of a file."""
     guest = Guest(tmp_path_factory.mktemp("guest")).start()
     yield guest
-    guest.check_clean()
     guest.stop()
 
 
 @pytest.fixture
 def guest(shared: Guest) -> Iterator[Guest]:
-    """The shared guest; the test must leave nothing behind."""
+    """The shared guest; afterwards nothing may be left of any session."""
     yield shared
+    shared.end_sessions()
     shared.check_clean()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -63,6 +64,7 @@ class Guest:
         self.port = 0
         self.token = b""
         self.pid = 0
+        self.clients: list[Client] = []  # made by the present test
         self.open_at_start = 0  # descriptors of the idle guest
 
     def run_start(self) -> subprocess.CompletedProcess[str]:
@@ -101,6 +103,21 @@ class Guest:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
+    def end_sessions(self) -> None:
+        """Close what a test has left, or a failed one could not close."""
+        for client in self.clients:
+            client.cut()
+        self.clients.clear()
+        listing = Client(self).open(("kind", "list"))
+        listing.wait(EXIT)
+        for item in listing.items():
+            left = Client(self, bytes.fromhex(item["id"].decode()))
+            left.connect(2)
+            left.send(CLOSE)
+            left.cut()
+        listing.close()
+        self.clients.clear()
+
     def check_clean(self) -> None:
         """Nothing is left of the sessions: no child, no zombie, no descriptor."""
         until(lambda: self.children() == [], "children are left")
@@ -128,6 +145,7 @@ class Client:
 
     def __init__(self, guest: Guest, session_id: bytes | None = None, window: int = 1 << 20) -> None:
         self.guest = guest
+        guest.clients.append(self)
         self.id = session_id or os.urandom(16)
         self.window = window
         self.sock: socket.socket | None = None
@@ -303,12 +321,14 @@ class Client:
             except Refused:
                 return
         self.send(CLOSE)
-        try:
-            while True:
-                self.pump()
-        except ConnectionError:
-            pass
+        with contextlib.suppress(ConnectionError):
+            self.drain()
         assert not self.unacked
+
+    def drain(self) -> None:
+        """Receive until the guest closes the connection. Raises ConnectionError then."""
+        while True:
+            self.pump()
 
     def items(self) -> Iterator[dict[str, bytes]]:
         return (parse(payload) for kind, payload in self.events if kind == ITEM)
