@@ -2781,11 +2781,22 @@ def daemon(sock: socket.socket, token: bytes, folder: str, report: int) -> None:
         os.write(report, str(error).encode()[:4000] or b"?")
         os._exit(1)
     os.close(report)
+    touch(guest, [folder, *(os.path.join(folder, name) for name in ("lock", "alive", "state"))])
     try:
         guest.run()
         os.unlink(path)
     finally:
         os._exit(0)
+
+
+def touch(guest: Guest, paths: "list[str]") -> None:
+    """Every hour, so that nothing that tidies up takes the state for forgotten."""
+    for path in paths:
+        try:
+            os.utime(path)
+        except OSError:
+            pass
+    guest.loop.after(3600.0, lambda: touch(guest, paths))
 
 
 def raise_limit() -> "tuple[int, int] | None":

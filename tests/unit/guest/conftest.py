@@ -18,6 +18,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     guest.stop()
 
 
+@pytest.fixture(autouse=True)
+def no_guest_is_left() -> Iterator[None]:
+    """A test that fails leaves no process behind either."""
+    before = set(Guest.running)
+    yield
+    for guest in Guest.running - before:
+        guest.stop()
+
+
 @pytest.fixture
 def guest(shared: Guest) -> Iterator[Guest]:
     """The shared guest; afterwards nothing may be left of any session."""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 GUEST = Path(__file__).parents[3] / "gatewayd" / "guest" / "guest.py"
 DEADLINE = 20.0  # seconds for anything to happen
@@ -50,6 +51,8 @@ def until(what: Callable[[], object], message: str = "it did not happen") -> Non
 class Guest:
     """A guest of a test's own: a copy of the file with a content, hence a state folder, of its own."""
 
+    running: ClassVar[set[Guest]] = set()  # started and not stopped
+
     def __init__(
         self, folder: Path, replace: tuple[str, str] = ("", ""), python: tuple[str, ...] = (sys.executable, "-I", "-S")
     ) -> None:
@@ -86,6 +89,7 @@ class Guest:
         assert (magic, version, len(token)) == ("GATEWAYD-GUEST", "1", 64)
         self.port, self.token, self.pid = int(port), bytes.fromhex(token), int(pid)
         self.open_at_start = self.open_files()
+        self.running.add(self)
         return self
 
     def open_files(self) -> int:
@@ -124,12 +128,20 @@ class Guest:
         until(lambda: self.open_files() <= self.open_at_start, "descriptors are left")
 
     def stop(self) -> None:
-        if not self.pid:
+        if self not in self.running:
             return
-        folder = self.folder()
-        os.kill(self.pid, signal.SIGTERM)
-        until(lambda: not Path(f"/proc/{self.pid}").exists() or "\nState:\tZ" in Path(f"/proc/{self.pid}/status").read_text())
-        shutil.rmtree(folder)
+        self.running.discard(self)
+        if self.alive():
+            folder = self.folder()
+            os.kill(self.pid, signal.SIGTERM)
+            until(lambda: not self.alive())
+            shutil.rmtree(folder)
+
+    def alive(self) -> bool:
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
 
 
 class Refused(Exception):

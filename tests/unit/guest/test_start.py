@@ -113,7 +113,7 @@ def test_it_ends_when_nobody_needs_it(tmp_path: Path) -> None:
     assert client.finish() == {"code": b"0"}  # it outlasted the time
     client.close()
     until(lambda: not (folder / "state").exists())
-    until(lambda: not Path(f"/proc/{guest.pid}").exists())
+    until(lambda: not guest.alive())
     shutil.rmtree(folder)
 
 
