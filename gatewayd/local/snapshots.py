@@ -31,6 +31,7 @@ from gatewayd.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
 
+_INTERRUPTED = "the service ended while it was made"
 MAX_BUILDS = 4  # images being fetched at a time; others wait
 BUILDS = "builds"  # folder below the state directory for what is under way
 
@@ -75,7 +76,7 @@ class Snapshots:
         for record in self._store.snapshots.load():
             self._by_id[record.id] = record
             if record.status == "building":
-                self._note(record, status="failed", status_message="the service ended while it was made")
+                self._note(record, status="failed", status_message=_INTERRUPTED)
             elif record.status == "deleting":
                 self._forget(record)
         await self._collect()
@@ -198,25 +199,24 @@ class Snapshots:
     async def _make(self, identity: str, job: _Job, work: Callable[[_Job], Coroutine[Any, Any, dict[str, Any]]]) -> None:
         """Do the work and record how it ended: whatever happens, the snapshot is not `building` afterwards."""
         record = self._by_id[identity]
+        failure = _INTERRUPTED
         try:
             changes = await work(job)
             self._finish(record, job.built, changes)
+            failure = ""
             log.info("snapshot %s:%s (%s): ready", record.name, record.tag, record.id)
-        except asyncio.CancelledError:
-            if not job.dropped:
-                self._note(record, status="failed", status_message="the service ended while it was made")
-            raise
         except (ImageError, RuntimeFailure, WriteFailure, OSError) as exc:
             message = ADVICE if is_full(exc) or ADVICE in str(exc) else printable(str(exc) or repr(exc), 500)
-            if isinstance(exc, ImageError) or record.docker_image:
-                message = f"ImagePull: {record.docker_image}: {message}"
+            failure = f"ImagePull: {record.docker_image}: {message}" if record.docker_image else message
             log.warning("snapshot %s:%s (%s): failed: %s", record.name, record.tag, record.id, printable(str(exc), 500))
-            self._note(record, status="failed", status_message=message)
         finally:
-            self._jobs.pop(identity, None)
+            job.built.layers = ()
             if not job.dropped:
                 with contextlib.suppress(OSError):
                     await self._collect()
+                if failure:  # said when nothing of it is left
+                    self._note(record, status="failed", status_message=failure)
+            self._jobs.pop(identity, None)
 
     async def _build(
         self, record: SnapshotRecord, job: _Job, reference: Reference, access: Access, wanted: RunConfig | None
