@@ -1968,7 +1968,7 @@ def private_folder(prefix: bytes) -> bytes:
 
 
 class Listing(Work):
-    """All other sessions, once."""
+    """All sessions, once; lists are none worth mentioning."""
 
     kind = "list"
 
@@ -1976,7 +1976,7 @@ class Listing(Work):
         Work.__init__(self, session)
         session.emit(OPENED)
         for other in list(self.guest.sessions.values()):
-            if other.work is None or other is session:
+            if other.work is None or other.work.kind in ("", "list"):
                 continue
             item = [("id", other.id.hex()), ("kind", other.work.kind), ("name", other.name)]  # type: list[Pair]
             item += [("attached", int(other.link is not None)), ("started", other.started)]
