@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both set up what they need.
 
-.PHONY: demo demo-down test check unit e2e setup-test runsc clean
+.PHONY: demo demo-down test check unit e2e nightly setup-test runsc clean
 
 demo:
 	@scripts/setup demo
@@ -30,6 +30,10 @@ unit: setup-test
 
 e2e: setup-test
 	.venv/bin/pytest tests/e2e
+
+# Suites of other projects against the gateway: half an hour, and packages from the network.
+nightly: setup-test
+	.venv/bin/pytest tests/nightly -m slow
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .runsc
