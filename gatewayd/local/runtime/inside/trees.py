@@ -96,12 +96,13 @@ class TreeCopy:
             source = kernel.open_beneath(self._source, path or ".", _FOLDER)
         except OSError as exc:
             if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # gone, or swapped, since it was listed
-                self._seen.pop(path, None)
                 return []
             raise
         target = kernel.open_beneath(self._target, path or ".", _FOLDER)
         try:
             info = os.fstat(source)
+            for stale in set(os.listxattr(target)) - set(os.listxattr(source)):  # of a folder that had this name before
+                os.removexattr(target, stale)
             _attributes(source, target, info)
             self._folders.append((path, info))
             now = time.time_ns()
