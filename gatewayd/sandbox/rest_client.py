@@ -154,8 +154,8 @@ class RestClient:
             file: sent as multipart/form-data, part ``file``, instead of a JSON body.
             retry: whether the request may be sent twice; None: GET and DELETE may.
             deadline: seconds for everything, retries included.
-            patience: seconds after which a request without an answer is made once more, on a new connection: the one at hand
-                may have died unnoticed, while this machine slept, say. None: it is waited for.
+            patience: seconds after which a request without an answer is made again, on a new connection: the one at hand may
+                have died unnoticed, while this machine slept, say. The last retry is waited for. None: so is the first request.
 
         Raises:
             GatewayError: whatever went wrong.
@@ -169,7 +169,7 @@ class RestClient:
                         profile = await self._access.current()
                     url = path if path.startswith(("http://", "https://")) else profile.endpoint + path
                     try:
-                        async with asyncio.timeout(None if attempt else patience):
+                        async with asyncio.timeout(patience if attempt < self._retries else None):
                             return await self._attempt(method, url, profile, action, sandbox, body, file, params)
                     except TimeoutError:
                         await self._retire(url, profile)
