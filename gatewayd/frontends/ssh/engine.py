@@ -28,6 +28,8 @@ from asyncssh.channel import SSHAgentChannel, SSHChannel, SSHX11Channel
 from asyncssh.constants import MSG_IGNORE, MSG_KEXINIT, OPEN_RESOURCE_SHORTAGE
 from asyncssh.packet import SSHPacket, String
 
+from gatewayd.frontends.ssh.authorized import Permits
+
 if TYPE_CHECKING:
     from asyncssh.connection import SSHServerConnectionOptions
 
@@ -246,8 +248,19 @@ class Connection(asyncssh.SSHServerConnection):
         """There is no configuration of asyncssh's own to read again."""
 
     async def _validate_openssh_certificate(self, username: str, cert: Any) -> Any:
-        """A certificate for nobody in particular is for nobody, as sshd has it; asyncssh lets it in."""
-        return await super()._validate_openssh_certificate(username, cert) if cert.principals else None
+        """As sshd has it, and asyncssh has not: a certificate for nobody in particular is for nobody, and one that forces
+        another command than the line of its authority does comes from somebody who may not say so.
+        """
+        if not cert.principals:
+            return None
+        key = await super()._validate_openssh_certificate(username, cert)
+        commands = {self.get_key_option("command"), cert.options.get("force-command")} - {None}
+        return key if len(commands) < 2 else None
+
+    def permits(self, option: str, host: str, port: int) -> bool:
+        """Whether PERMIT_OPEN or PERMIT_LISTEN of the client's key, if it has that, allows a forward."""
+        permits = self.get_key_option(option)
+        return not isinstance(permits, Permits) or permits.allow(host, port)
 
     # --- channels -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import stat
 from pathlib import Path
@@ -11,6 +12,9 @@ import asyncssh
 
 from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError, printable
+from gatewayd.frontends.ssh.authorized import AuthorizedKeys, parse_lines
+
+log = logging.getLogger(__name__)
 
 FILE_MAX = 1 << 20  # bytes
 _Signature = tuple[int, int, int, int]
@@ -57,14 +61,14 @@ class Keys:
     def __init__(self, authorized_keys: Path | None, trusted_user_ca_keys: Path | None) -> None:
         self._users = KeyFile(authorized_keys) if authorized_keys else None
         self._signers = KeyFile(trusted_user_ca_keys) if trusted_user_ca_keys else None
-        self._authorized: asyncssh.SSHAuthorizedKeys | None = None  # None: no key in the file
+        self._authorized: AuthorizedKeys | None = None  # None: no key in the file
         self._authorities: list[asyncssh.SSHKey] = []
 
-    async def current(self) -> tuple[asyncssh.SSHAuthorizedKeys | None, list[asyncssh.SSHKey]]:
+    async def current(self) -> tuple[AuthorizedKeys | None, list[asyncssh.SSHKey]]:
         """Authorized keys and certificate authorities, as the files are now. Raises GatewayError (config)."""
         return await asyncio.to_thread(self._read)
 
-    def _read(self) -> tuple[asyncssh.SSHAuthorizedKeys | None, list[asyncssh.SSHKey]]:
+    def _read(self) -> tuple[AuthorizedKeys | None, list[asyncssh.SSHKey]]:
         if self._users is not None:
             text, changed = self._users.text()
             if changed:
@@ -78,13 +82,13 @@ class Keys:
         return self._authorized, self._authorities
 
 
-def _import_authorized(text: str, path: Path) -> asyncssh.SSHAuthorizedKeys | None:
-    if not any(line.strip() and not line.strip().startswith("#") for line in text.splitlines()):
-        return None
-    try:
-        return asyncssh.import_authorized_keys(text)
-    except (ValueError, asyncssh.KeyImportError) as exc:
-        raise _error(f"cannot use {path}: {printable(exc, 200)}", "one public key a line, as sshd(8) has it") from exc
+def _import_authorized(text: str, path: Path) -> AuthorizedKeys | None:
+    good, bad = parse_lines(text)
+    for because in bad:
+        log.warning("ssh: %s, %s: this key is refused", path, because)
+    if bad and not good:
+        raise _error(f"cannot use {path}: {bad[0]}", "one public key a line, as sshd(8) has it")
+    return AuthorizedKeys(good) if good else None
 
 
 def _import_authorities(text: str, path: Path) -> list[asyncssh.SSHKey]:

@@ -10,10 +10,12 @@ from abc import abstractmethod
 from typing import Any
 
 import asyncssh
+from asyncssh.constants import OPEN_ADMINISTRATIVELY_PROHIBITED
 
 from gatewayd import api
 from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError, printable
+from gatewayd.frontends.ssh.authorized import PERMIT_LISTEN, PERMIT_OPEN, UNIX
 from gatewayd.frontends.ssh.display import open_display
 from gatewayd.frontends.ssh.engine import CIPHERS, PACKET_MAX, WINDOW, Connection, Gate
 from gatewayd.frontends.ssh.forwards import Forwards
@@ -159,19 +161,35 @@ class Server(Gate, SessionOwner):
 
     def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> Any:
         """direct-tcpip."""
+        self._check_permitted(dest_host, dest_port)
         return self._forwards.to_tcp(dest_host, dest_port) if self._forwards is not None else False
 
     def unix_connection_requested(self, dest_path: str) -> Any:
         """direct-streamlocal."""
+        self._check_permitted(dest_path, UNIX)
         return self._forwards.to_unix(dest_path) if self._forwards is not None else False
 
     async def server_requested(self, listen_host: str, listen_port: int) -> Any:
         """tcpip-forward."""
-        return await self._forwards.on_tcp(listen_host, listen_port) or False if self._forwards is not None else False
+        if not self._permits(PERMIT_LISTEN, listen_host, listen_port) or self._forwards is None:
+            return False
+        return await self._forwards.on_tcp(listen_host, listen_port) or False
 
     async def unix_server_requested(self, listen_path: str) -> Any:
         """streamlocal-forward."""
-        return await self._forwards.on_unix(listen_path) or False if self._forwards is not None else False
+        if not self._permits(PERMIT_LISTEN, listen_path, UNIX) or self._forwards is None:
+            return False
+        return await self._forwards.on_unix(listen_path) or False
+
+    def _check_permitted(self, where: str, port: int) -> None:
+        if not self._permits(PERMIT_OPEN, where, port):
+            raise asyncssh.ChannelOpenError(OPEN_ADMINISTRATIVELY_PROHIBITED, "the key does not permit that forward")
+
+    def _permits(self, option: str, where: str, port: int) -> bool:
+        permitted = self._connection is not None and self._connection.permits(option, where, port)
+        if not permitted:
+            log.info("ssh %s: the key does not permit a forward: %s", self.label, printable(where, 100))
+        return permitted
 
     async def agent_requested(self) -> bool:
         """auth-agent-req: one socket for all sessions of the connection."""

@@ -56,6 +56,7 @@ class ShellSession(CommandSession):
         self._pending: list[Callable[[Session], None]] = []  # what came before it ran
         self._main: asyncio.Task[None] | None = None  # runs from session_started
         self._stopped = False  # the client reads no standard output any more
+        self._refusal: GatewayError | None = None  # why the session was ended here, if it was
         self._told = False  # the client knows how it ended: what is left is to tidy up
         self._lost = False  # the channel is gone
         self._moved = 0  # bytes of output
@@ -204,7 +205,10 @@ class ShellSession(CommandSession):
                 children.start(self._output(session, STDERR, EXTENDED_DATA_STDERR), "stderr"),
             ]
             children.start(self._input(session), "stdin")
-            status = await session.wait()
+            try:
+                status = await session.wait()
+            except GatewayError as exc:
+                raise self._refusal or exc from exc
             await self._drain(outputs)
             return self._finish(status)
         finally:
@@ -241,8 +245,11 @@ class ShellSession(CommandSession):
                 await session.write(data)
             if self._inbox.ended:
                 session.write_eof()
-        except GatewayError:  # `wait` says why; or the process does not read any more
+        except GatewayError as exc:  # `wait` says why; or the process does not read any more
             self._inbox.close()
+            if exc.kind == ErrorKind.UNSUPPORTED:  # a command that has lost some of its input must not go on
+                self._refusal = exc
+                await session.aclose()
 
     async def _output(self, session: Session, stream: int, datatype: int | None) -> None:
         try:

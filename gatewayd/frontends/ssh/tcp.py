@@ -12,6 +12,7 @@ import asyncssh
 
 from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError, printable
+from gatewayd.frontends.ssh.authorized import AuthorizedKeys
 from gatewayd.frontends.ssh.engine import Connection
 from gatewayd.frontends.ssh.keys import Keys
 from gatewayd.frontends.ssh.server import USER, Server
@@ -70,7 +71,7 @@ class TcpServer(Server):
             log.warning("ssh %s: %s", self.label, exc.message)
             authorized, self._authorities = None, []
         if self._connection is not None:
-            self._connection.set_authorized_keys(authorized or asyncssh.SSHAuthorizedKeys())
+            self._connection.set_authorized_keys(authorized or AuthorizedKeys())
         return True
 
     def public_key_auth_supported(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
+import asyncssh
 import pytest
 
 from gatewayd.errors import GatewayError
@@ -94,6 +95,54 @@ async def test_restrictions_of_a_key_hold(net: Net) -> None:
     assert b"administratively prohibited" in err
 
 
+async def test_a_restricted_key_gets_what_is_given_back(net: Net) -> None:
+    mine = net.key("mine")
+    options = ("-o", "IdentitiesOnly=yes", "-i", mine, "-l", "box", "-p", str(net.port))
+    forward = ("-o", "ExitOnForwardFailure=yes", "-R", "0:127.0.0.1:1")
+    for line, terminal, listens in (
+        ("restrict", False, False),
+        ("restrict,pty", True, False),
+        ("restrict,port-forwarding", False, True),
+        ('permitlisten="1"', True, False),
+        ('permitlisten="localhost:*"', True, True),
+    ):
+        net.authorized.write_text(f"{line} {public(mine)}")
+        code, out, _ = await net.front.run("ssh", "-tt", *options, "net", "tty -s && echo yes")
+        assert (code, out) == ((0, b"yes\r\n") if terminal else (255, b"")), line  # ssh leaves when it gets none
+        assert ((await net.front.run("ssh", *forward, *options, "net", "true"))[0] == 0) is listens, line
+
+
+async def test_permitopen_leaves_no_way_around(net: Net) -> None:
+    mine = net.key("mine")
+    options = ("-o", "IdentitiesOnly=yes", "-o", "LogLevel=INFO", "-i", mine, "-l", "box", "-p", str(net.port))
+    net.authorized.write_text(f'permitopen="localhost:1" {public(mine)}')
+    for there, expected in (("localhost:1", b"connect failed"), ("localhost:2", b"administratively prohibited")):
+        code, _, err = await net.front.run("ssh", *options, "-W", there, "net")
+        assert (code, expected in err) == (255, True), err
+    client = await asyncssh.connect(
+        "127.0.0.1", net.port, username="box", client_keys=[str(mine)], known_hosts=None, agent_path=None, config=None
+    )
+    async with client:
+        with pytest.raises(asyncssh.ChannelOpenError, match="does not permit"):
+            await client.open_unix_connection("/run/any.sock")
+
+
+async def test_options_that_do_not_hold_let_nobody_in(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    mine, other = net.key("mine"), net.key("other")
+    for line, because in (
+        ('expiry-time="19990101"', "it has expired"),
+        ('expiry-time="1999"', "expiry-time= wants"),
+        ("sandbox-only", "unknown option sandbox-only"),
+        ('from="192.0.2.1"', "not from 127.0.0.1"),
+    ):
+        caplog.clear()
+        caplog.set_level("INFO")
+        net.authorized.write_text(f"{line} {public(mine)}{public(other)}")
+        assert (await net.login(mine))[0] == 255, line
+        assert because in caplog.text
+        assert (await net.login(other))[0] == 0, line
+
+
 async def test_certificates(net: Net) -> None:
     authority, mine = net.key("authority"), net.key("mine")
     net.authorities.write_text(public(authority))
@@ -147,3 +196,16 @@ async def test_strangers_have_bounds(net: Net, monkeypatch: pytest.MonkeyPatch) 
             pass
     for _, other in [*waiting, (reader, writer)]:
         other.close()
+
+
+async def test_a_certificate_does_not_change_the_command_of_its_authority(net: Net) -> None:
+    authority, mine = net.key("authority"), net.key("mine")
+    net.authorized.write_text(f'cert-authority,command="echo line" {public(authority)}')
+    net.sign(authority, mine, "-n", "box")
+    assert (await net.login(mine))[1] == b"line\n"
+    net.sign(authority, mine, "-n", "box", "-O", "force-command=echo line")
+    assert (await net.login(mine))[1] == b"line\n"
+    net.sign(authority, mine, "-n", "box", "-O", "force-command=echo other")
+    assert (await net.login(mine))[0] == 255
+    net.authorized.write_text(f"cert-authority {public(authority)}")
+    assert (await net.login(mine))[1] == b"other\n"
