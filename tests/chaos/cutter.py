@@ -165,6 +165,7 @@ class _End(asyncio.Protocol):
         self.other: _End = self  # set by the pair
         self.frozen = False  # is not read, whatever the other end says
         self.full = False  # its transport wants no more for now
+        self._ended_it = False  # nothing more can be sent to it
         self._received, self._ended, self._lost = received, ended, lost
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -200,6 +201,17 @@ class _End(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
         self._lost()
+
+    def send(self, data: bytes) -> None:
+        """Unless it is gone."""
+        if self.transport is not None and not self._ended_it:
+            self.transport.write(data)
+
+    def send_eof(self) -> None:
+        """FIN behind what was sent; idempotent."""
+        if self.transport is not None and not self._ended_it:
+            self._ended_it = True
+            self.transport.write_eof()
 
     def reset(self) -> None:
         """RST; idempotent."""
@@ -260,27 +272,27 @@ class _Pair:
         if self.near.transport is None or (self.frames.upgraded and not self.frames.between):
             return
         if self.frames.upgraded:
-            self.near.transport.write(GOING_AWAY)
+            self.near.send(GOING_AWAY)
         self.deaf = True
-        self.near.transport.write_eof()
+        self.near.send_eof()
         self.far.reset()
         asyncio.get_running_loop().call_later(GOODBYE, self.near.reset)
 
     def _from_near(self, data: bytes) -> None:
-        if not self.deaf and self.far.transport is not None:
-            self.far.transport.write(data)
+        if not self.deaf:
+            self.far.send(data)
 
     def _from_far(self, data: bytes) -> None:
         if self.deaf or self.near.transport is None:
             return
         taken = self.frames.follow(data, stop=self._leaving)
-        self.near.transport.write(data[:taken])
+        self.near.send(data[:taken])
         if self._leaving:
             self._leave()
 
     def _eof(self, to: _End) -> None:
-        if not self.deaf and to.transport is not None and to.transport.can_write_eof():
-            to.transport.write_eof()
+        if not self.deaf:
+            to.send_eof()
 
     def _lost(self, other: _End) -> None:
         if self.near.transport is self.far.transport is None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.chaos.cutter import Cutter
@@ -48,8 +49,15 @@ def world(*, interval: float = 15.0, timeout: float = 10.0) -> Iterator[World]:
                 for box in gateway.json("list")["sandboxes"]:
                     gateway.sandbox("delete", "--yes", box["name"])
                 gateway.sandbox("down")
+                assert complaints(gateway.state / "daemon.log") == []
+                assert complaints(gateway.root / "service.log") == []
         finally:
             service.terminate()
             service.wait(STOP_DEADLINE)
             if service.stdout is not None:
                 service.stdout.close()
+
+
+def complaints(log: Path) -> list[str]:
+    """Lines about what must not happen, whatever the links do."""
+    return [line for line in log.read_text(errors="replace").splitlines() if " ERROR " in line or "Traceback" in line]

@@ -52,8 +52,8 @@ def plan(rng: random.Random, count: int, longest: float, frozen: float) -> list[
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[World]:
-    """Dead links are noticed within three seconds."""
-    with world(interval=1.0, timeout=2.0) as made:
+    """Dead links are noticed within two seconds."""
+    with world(interval=0.5, timeout=1.5) as made:
         yield made
 
 
