@@ -55,14 +55,14 @@ def view(snapshots: Snapshots, record: SnapshotRecord) -> dict[str, Any]:
 async def build_snapshot(request: Request, body: SnapshotBody) -> dict[str, Any]:
     """Begin to build a snapshot from a container image. Its `status` and `progress` tell how it goes."""
     snapshots = snapshots_of(request)
-    return view(snapshots, snapshots.build(body))
+    return view(snapshots, await snapshots.settled(snapshots.build(body)))
 
 
 @router.post("/boxes/{name}/snapshot", responses=answers("SnapshotView", 404, 409, 507))
 async def capture_snapshot(request: Request, name: str, body: CaptureBody) -> dict[str, Any]:
     """Begin to capture a sandbox's files: of a running one, as they are at one moment. Nothing below /tmp, and no processes."""
     snapshots = snapshots_of(request)
-    return view(snapshots, snapshots.capture(boxes_of(request).get(name), body))
+    return view(snapshots, await snapshots.settled(snapshots.capture(boxes_of(request).get(name), body)))
 
 
 @router.get("/snapshots", responses=answers("SnapshotList"))

@@ -32,6 +32,7 @@ from gatewayd.tasks import TaskOwner
 log = logging.getLogger(__name__)
 
 _INTERRUPTED = "the service ended while it was made"
+PATIENCE = 1.0  # seconds that the answer to a request for a snapshot waits for it to be ready
 MAX_BUILDS = 4  # images being fetched at a time; others wait
 BUILDS = "builds"  # folder below the state directory for what is under way
 
@@ -165,6 +166,13 @@ class Snapshots:
             image_config=source.image_config if source is not None else None,
         )
         return self._begin(record, lambda job: self._capture(record, job, sandbox))
+
+    async def settled(self, record: SnapshotRecord) -> SnapshotRecord:
+        """The snapshot as it is when it is made, or after PATIENCE: clients look again after seconds only."""
+        job = self._jobs.get(record.id)
+        if job is not None and job.task is not None:
+            await asyncio.wait({job.task}, timeout=PATIENCE)
+        return self._by_id.get(record.id, record)
 
     def _require_layers(self) -> None:
         if self._layers is None:

@@ -136,12 +136,15 @@ def test_an_image_without_a_shell(client: Any, snaps: Snaps, archive: Archive, n
     snaps.delete(made)
 
 
-def test_what_the_image_says_can_be_overridden(client: Any, archive: Archive, app: Image, name: str) -> None:
+def test_what_the_image_says_can_be_overridden(client: Any, http: Any, archive: Archive, app: Image, name: str) -> None:
     config = {"user": "0", "env_vars": {"STAGE": "mine"}}
     made = client.create_snapshot(name, archive(app), CAPACITY, run_config=config, tag="x")
-    with client.create_sandbox(name=name, snapshot=f"{name}:x", env_vars={"EMPTY": "no"}) as box:
-        assert box.run("id -u; echo $STAGE $EMPTY $PATH; pwd").stdout == "0\nmine no /bin:/opt/bin\n/work/here\n"
-        assert box.fs_capacity_bytes == CAPACITY
+    body = {"name": name, "snapshot": f"{name}:x", "env_vars": {"EMPTY": "no"}, "labels": {"team": "mine"}}
+    told = http.post("/v2/sandboxes/boxes", json={**body, "wait_for_ready": True}).json()
+    assert (told["fs_capacity_bytes"], told["labels"]) == (CAPACITY, {"team": "mine", "origin": "here"})
+    box = client.get_sandbox(name)
+    assert box.run("id -u; echo $STAGE $EMPTY $PATH; pwd").stdout == "0\nmine no /bin:/opt/bin\n/work/here\n"
+    box.delete()
     client.delete_snapshot(made.id)
 
 

@@ -36,9 +36,9 @@ def test_a_debian_without_python(gateway: Gateway, private: Registry, authority:
     made = gateway.json(*build, env={"GATEWAYD_REGISTRY_PASSWORD": PASSWORD})
     assert (made["status"], made["tags"]) == ("ready", ["12"])
     assert gateway.sandbox("create", "deb", "--snapshot", "debian:12", "--wait").stderr == ""
-    said = gateway.sh("deb", "cat /etc/debian_version; echo $STAGE; command -v python3 || apt-get --version | head -1")
+    said = gateway.sh("deb", "cat /etc/debian_version; echo $STAGE; command -v python3 || echo none")
     assert said.startswith("12.")
-    assert "\nimage\napt " in said
+    assert said.endswith("\nimage\nnone\n")
     gateway.sh("deb", "echo more > /srv/more; rm /etc/issue")
     captured = gateway.json("snapshot", "capture", "deb", "debian:mine")
     in_use = gateway.sandbox("snapshot", "delete", made["id"], "--yes", code=73)
@@ -75,7 +75,7 @@ def test_progress_on_a_terminal_and_silence_in_a_pipe(gateway: Gateway, plain: R
     shown = os.read(ours, 65536).decode()
     os.close(ours)
     assert process.returncode == 0
-    assert "app: " in shown
+    assert "snapshot app" in shown
     again = json.loads(out)
     assert gateway.json("snapshot", "get", made["id"])["tags"] == []
     assert "no such snapshot" in gateway.sandbox("snapshot", "get", "nothing", code=68).stderr

@@ -10,6 +10,7 @@ import signal
 import socket
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 GOOD = Layer().add("a", b"a" * 100_000).content()
-ZEROS = bytes(300 * MIB)
+ZEROS = bytes(40 * MIB)
 Endless = tuple[str, threading.Event]  # an image that never comes to an end, and what is set when it has begun to come
 
 WRONG: dict[str, tuple[Callable[[], Image], str]] = {
@@ -57,7 +58,7 @@ WRONG: dict[str, tuple[Callable[[], Image], str]] = {
 def test_images_that_are_wrong(snaps: Snaps, archive: Archive, name: str, case: str) -> None:
     make, message = WRONG[case]
     before = snaps.on_disk()
-    failed = snaps.build(name, archive(make()))
+    failed = snaps.build(name, archive(make()), fs_capacity_bytes=32 * MIB)
     assert failed["status"] == "failed"
     assert failed["status_message"].startswith("ImagePull: oci-archive:")
     assert message in failed["status_message"]
@@ -82,6 +83,7 @@ class _Endless(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     started: threading.Event  # set on the subclass made for a test
     manifest: bytes
+    pause: float
 
     def do_GET(self) -> None:
         if "/manifests/" in self.path:
@@ -94,6 +96,7 @@ class _Endless(http.server.BaseHTTPRequestHandler):
                 while True:
                     self.wfile.write(os.urandom(65536))
                     self.started.set()
+                    time.sleep(self.pause)  # so that it does not come to its limit before it has been looked at
             return
         else:
             kind, content = "application/json", b"{}"
@@ -112,11 +115,18 @@ class _Endless(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def endless(tmp_path: Path) -> Iterator[Endless]:
     """An image that never comes to an end: how to ask for it, and what is set when it has begun."""
+    with serving(tmp_path, pause=0.05) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving(tmp_path: Path, pause: float) -> Iterator[Endless]:
+    """The same, with that many seconds between 64 KiB."""
     layout = Image([GOOD]).layout(tmp_path / "endless")
     newest = max((layout / "blobs/sha256").iterdir(), key=lambda path: b'"layers"' in path.read_bytes())
     manifest = newest.read_bytes().replace(str(len(gzip.compress(GOOD, 1, mtime=0))).encode(), str(40 * MIB).encode())
     begun = threading.Event()
-    handler = type("Handler", (_Endless,), {"manifest": manifest, "started": begun})
+    handler = type("Handler", (_Endless,), {"manifest": manifest, "started": begun, "pause": pause})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -139,9 +149,9 @@ def pulling(service: Service) -> list[psutil.Process]:
     return [process for process in descendants(service.process.pid) if process.name() == "skopeo"]
 
 
-def test_a_layer_without_an_end(http: Any, snaps: Snaps, service: Service, endless: Endless, name: str) -> None:
-    host, _ = endless
-    failed = snaps.ended(begin(http, name, host))
+def test_a_layer_without_an_end(http: Any, snaps: Snaps, service: Service, tmp_path: Path, name: str) -> None:
+    with serving(tmp_path, pause=0) as (host, _):
+        failed = snaps.ended(begin(http, name, host))
     assert failed["status"] == "failed"
     assert "larger than it may be, or than it said" in failed["status_message"]
     assert (snaps.on_disk(), pulling(service)) == ([], [])
