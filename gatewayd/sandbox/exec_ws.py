@@ -375,7 +375,7 @@ class InputDecoder:
             raise GatewayError(
                 f"input is not UTF-8 at byte {offset}: this connection carries text only",
                 kind=ErrorKind.UNSUPPORTED,
-                hint="send binary data with scp or through `sandbox tunnel`",
+                hint="encode it, with base64 for example, or use an image with python3",
             ) from exc
         self._taken += len(data)
         return text

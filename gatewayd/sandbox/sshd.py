@@ -241,7 +241,7 @@ def _failure(text: str, sandbox: str, what: str) -> GatewayError:
         return GatewayError(
             f"sandbox {sandbox!r} has no sshd: its image lacks openssh-server",
             kind=ErrorKind.UNSUPPORTED,
-            hint="install openssh-server inside, use an image that has it, or use `sandbox exec`",
+            hint="install openssh-server inside, use an image that has it, or leave out --direct",
         )
     if text == "not-root":
         return GatewayError(f"cannot {what}: commands there do not run as root", kind=ErrorKind.UNSUPPORTED)
