@@ -94,7 +94,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "python_multipart": ("gatewayd.local",),
     "uvloop": ("gatewayd.daemon", "gatewayd.__main__", "gatewayd.local"),
     "click": ("client",),
-    "cryptography": ("gatewayd.local.vault",),
+    "cryptography": ("gatewayd.local.vault", "gatewayd.local.egress.authority", "gatewayd.local.egress.trust"),
+    "h11": ("gatewayd.local.egress.requests",),
 }
 
 PURE = (

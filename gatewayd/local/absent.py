@@ -15,17 +15,10 @@ from gatewayd.local.envelope import ServiceError, unsupported
 from gatewayd.local.listing import invalid
 from gatewayd.local.rest_server import MAX_PAGE, Cursor, boxes_of
 
-SECRETS = "/api/v1/workspaces/current/secrets"
-
 router = APIRouter()  # below each prefix of the control plane
-workspace_router = APIRouter()  # at the top
-dataplane_router = APIRouter()  # too
+dataplane_router = APIRouter()  # at the top
 
 PageSize = Annotated[int, Query(ge=1, le=MAX_PAGE)]
-
-
-def _missing(what: str, name: str) -> ServiceError:
-    return ServiceError(404, "NotFound", f"{what} '{name[:200]}' not found")
 
 
 def _refuse_cursor(cursor: str | None) -> None:
@@ -61,26 +54,6 @@ async def no_download_url(request: Request, name: str) -> None:
     """Files are read through /download."""
     boxes_of(request).get(name)
     raise unsupported("this service makes no download links; use /download")
-
-
-@workspace_router.get(SECRETS, responses=answers("SecretList"))
-async def list_secrets() -> list[Any]:
-    """There are none."""
-    return []
-
-
-@workspace_router.post(SECRETS, responses=answers(None, 422))
-@workspace_router.put(SECRETS + "/{_key}", responses=answers(None, 422))
-async def no_secret() -> None:
-    """Workspace secrets are for proxy rules, and there are none. The body is not looked at: it holds a secret."""
-    raise unsupported("this service keeps no workspace secrets; give a sandbox what it needs in env_vars")
-
-
-@workspace_router.get(SECRETS + "/{key}", responses=answers(None, 404))
-@workspace_router.delete(SECRETS + "/{key}", responses=answers(None, 404))
-async def no_such_secret(key: str) -> None:
-    """There is none of any name."""
-    raise _missing("Workspace secret", key)
 
 
 @dataplane_router.get("/dataplane/{box_id}/execute/ws", include_in_schema=False)

@@ -15,6 +15,7 @@ from gatewayd.local import (
     absent,
     dataplane,
     description,
+    egress_routes,
     exec_sse,
     exec_ws,
     files,
@@ -36,9 +37,9 @@ def build_app(boxes: Boxes, guard: Guard) -> GuardMiddleware:
     app = FastAPI(title="gatewayd local", version=version() or "0", docs_url=None, redoc_url=None)
     app.state.boxes = boxes
     for prefix, tag in zip(rest_server.PREFIXES, description.TAGS, strict=False):
-        for router in (rest_server.router, snapshot_routes.router, registry_routes.router, absent.router):
+        for router in (rest_server.router, snapshot_routes.router, registry_routes.router, egress_routes.router, absent.router):
             app.include_router(router, prefix=prefix, tags=[tag["name"]])
-    app.include_router(absent.workspace_router, tags=["workspace"])
+    app.include_router(egress_routes.workspace_router, tags=["workspace"])
     app.include_router(absent.dataplane_router)
     for router in (dataplane.router, exec_sse.router, exec_ws.router, files.router, search.router):
         app.include_router(router, tags=["data plane"], responses=description.answers(None, 404))

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 from gatewayd.local.clock import Clock
-from gatewayd.local.creation import millicores, new_record, wanted_snapshot
+from gatewayd.local.creation import millicores, new_record, proxy_config, refuse_proxy_config, wanted_snapshot
+from gatewayd.local.egress.service import Egress
 from gatewayd.local.envelope import ServiceError, not_found, printable
 from gatewayd.local.models import CreateBody, PatchBody, merged
 from gatewayd.local.names import generate_name
@@ -40,14 +41,20 @@ class Boxes:
     """All sandboxes of this service. Use from the event loop only."""
 
     def __init__(
-        self, store: Store, runtime: Runtime, clock: Clock | None = None, environ: Mapping[str, str] | None = None
+        self,
+        store: Store,
+        runtime: Runtime,
+        clock: Clock | None = None,
+        environ: Mapping[str, str] | None = None,
+        egress: Egress | None = None,
     ) -> None:
-        """`environ`: what of the service's environment concerns fetching images."""
+        """`environ`: what of the service's environment concerns fetching images. `egress`: None: to public addresses only."""
         self._store = store
         self._runtime = runtime
         self.clock = clock or Clock()  # what TTLs go by
         self.snapshots = Snapshots(store, runtime.layers, self.clock, environ or {})
         self.snapshots.users = self._made_from
+        self.egress = egress or Egress(store, self.clock)
         self._unsaved: set[str] = set()  # ids of sandboxes whose row is older than their record: the disk was full
         self._by_id: dict[str, Sandbox] = {}
         self._by_name: dict[str, Sandbox] = {}
@@ -111,7 +118,10 @@ class Boxes:
         name = body.name or generate_name(self._by_name)
         if name in self._by_name:
             raise ServiceError(409, "Conflict", f"Sandbox name '{name}' already in use")
+        if not self._runtime.reaches_network:
+            refuse_proxy_config(body, self._runtime.name)
         record = new_record(body, name, self.clock.stamp(), wanted_snapshot(self.snapshots, body))
+        record = replace(record, proxy_config=proxy_config(self.egress, body, record))
         try:
             self._store.insert(record)
         except WriteFailure as exc:
@@ -137,11 +147,12 @@ class Boxes:
             raise ServiceError(422, "SandboxConfig", message)
         return sandbox
 
-    def update(self, sandbox: Sandbox, body: PatchBody) -> None:
-        """Change what the body has. Resources count from the next start, run_config from the next command.
+    async def update(self, sandbox: Sandbox, body: PatchBody) -> None:
+        """Change what the body has. Resources count from the next start, run_config from the next command, proxy_config at once.
 
         Raises:
-            ServiceError: 409 the name is taken, or the sandbox is being deleted; 507 the disk is full (nothing has changed).
+            ServiceError: 400 a proxy_config for a sandbox that is not ready; 409 the name is taken, or the sandbox is being
+                deleted; 507 the disk is full (nothing has changed).
         """
         record = sandbox.record
         self._refuse_when_deleting(sandbox)
@@ -156,6 +167,13 @@ class Boxes:
             changes["millicores"] = value
         if body.run_config is not None:
             changes["run_config"] = merged(record.run_config or {}, body.run_config)
+        if body.proxy_config is not None:
+            if not self._runtime.reaches_network:
+                refuse_proxy_config(body, self._runtime.name)
+            if record.status != "ready" or sandbox.run is None:
+                message = f"Sandbox '{record.name}' is {record.status}: its proxy_config can be changed while it is ready"
+                raise ServiceError(400, "InvalidRequest", message)
+            changes["proxy_config"] = proxy_config(self.egress, body, record)
         try:
             self._save(sandbox, **changes)
         except sqlite3.IntegrityError as exc:
@@ -166,6 +184,8 @@ class Boxes:
             del self._by_name[record.name]
             self._by_name[name] = sandbox
             log.info("sandbox %s: renamed to %s", record.name, name)
+        if body.proxy_config is not None and (run := sandbox.run) is not None and run.gate is not None:
+            await self.egress.change(record.id, run.box, run.gate, changes["proxy_config"])
 
     async def start(self, sandbox: Sandbox) -> None:
         """Start it if it does not run. Afterwards its status is ready, or failed with the reason in status_message.
@@ -221,6 +241,7 @@ class Boxes:
     async def aclose(self) -> None:
         """Stop every sandbox, release the runtime and close the store; idempotent."""
         self.ending.set()
+        self.egress.close()
         await self.snapshots.aclose()
         waiting = []
         for sandbox in self.all():
@@ -250,7 +271,8 @@ class Boxes:
             vcpus = None if record.millicores is None else record.millicores / 1000
             snapshot = self.snapshots.find(record.snapshot_id) if record.snapshot_id is not None else None
             layers = tuple(snapshot.layers) if snapshot is not None else ()
-            spec = BoxSpec(record.id, record.name, vcpus, record.mem_bytes, record.fs_capacity_bytes, layers)
+            network = self.egress.network if self._runtime.reaches_network else None
+            spec = BoxSpec(record.id, record.name, vcpus, record.mem_bytes, record.fs_capacity_bytes, layers, network)
             try:
                 async with asyncio.timeout(START_DEADLINE):
                     box = await self._runtime.start(spec)
@@ -262,7 +284,11 @@ class Boxes:
                     message = f"cannot start it: {ADVICE}"
                 self._note(sandbox, status="failed", status_message=message)
                 return
-            sandbox.run = run = Run(box, record.name)
+            run = Run(box, record.name)
+            run.gate = await self.egress.enter(record.id, record.name, box, record.proxy_config)
+            if run.gate is not None:
+                run.tunnels.add(run.gate)
+            sandbox.run = run
             sandbox.touch()
             self._note(sandbox, status="ready", status_message=box.limits_note or None, stopped_at=None)
             log.info("sandbox %s: ready", record.name)
@@ -294,6 +320,7 @@ class Boxes:
             self._unsaved.discard(record.id)
             del self._by_id[record.id]
             del self._by_name[record.name]
+            self.egress.forget(record.id)
             log.info("sandbox %s (%s): deleted", record.name, record.id)
 
     async def _erase(self, box_id: str) -> None:

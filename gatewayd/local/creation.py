@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 
+from gatewayd.local.egress.service import Egress
 from gatewayd.local.models import (
     DEFAULT_DELETE_AFTER_STOP,
     DEFAULT_IDLE_TTL,
@@ -14,6 +18,7 @@ from gatewayd.local.models import (
     PatchBody,
     merged,
 )
+from gatewayd.local.proxyconfig import stored
 from gatewayd.local.records import SnapshotRecord
 from gatewayd.local.snapshots import DEFAULT, Snapshots
 from gatewayd.local.store import Record
@@ -63,6 +68,23 @@ def new_record(body: CreateBody, name: str, time: str, snapshot: SnapshotRecord)
         run_config=run_config or None,
         snapshot_id=None if snapshot is DEFAULT else snapshot.id,
     )
+
+
+def proxy_config(egress: Egress, body: CreateBody | PatchBody, record: Record) -> Mapping[str, Any] | None:
+    """What a record is to have for the proxy_config of a body. Raises RequestValidationError."""
+    if body.proxy_config is None:
+        return record.proxy_config
+    try:
+        return stored(body.proxy_config, record.proxy_config, partial(egress.seal, record.id))
+    except ValueError as exc:
+        raise _invalid("proxy_config", str(exc)) from exc
+
+
+def refuse_proxy_config(body: CreateBody | PatchBody, runtime: str) -> None:
+    """Where sandboxes have no network. Raises RequestValidationError when the body asks for one."""
+    asked = body.proxy_config
+    if asked is not None and (asked.rules or asked.access_control):
+        raise _invalid("proxy_config", f"proxy_config is not available with the {runtime} runtime: its sandboxes have no network")
 
 
 def millicores(body: CreateBody | PatchBody) -> int | None:

@@ -22,12 +22,12 @@ Every request carries the API key in `X-Api-Key`. Errors are `{"detail": {"error
 TAGS = [  # the first ones in the order of rest_server.PREFIXES
     {"name": "sandboxes", "description": "The control plane, as the hand-written clients ask for it."},
     {"name": "sandboxes (generated clients)", "description": "The same operations under the generated clients' prefix."},
-    {"name": "workspace", "description": "What LangSmith keeps for a whole workspace: nothing of it is here."},
+    {"name": "workspace", "description": "What LangSmith keeps for a whole workspace: the secrets of proxy rules."},
     {"name": "data plane", "description": "Inside one sandbox: commands and files. A stopped sandbox is started by a request."},
 ]
 _REFERENCE = "#/components/schemas/{model}"
 _MEANINGS = {
-    400: "the request makes no sense, or the sandbox cannot be started",
+    400: "the request makes no sense, or the sandbox cannot be started or is not ready",
     403: "this Host name is not answered",
     401: "no API key, or a wrong one",
     404: "there is nothing of that name",

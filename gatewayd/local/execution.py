@@ -9,6 +9,7 @@ from typing import Any
 
 from gatewayd.local.agentforward import VARIABLE, AgentForward
 from gatewayd.local.commands import CommandOptions
+from gatewayd.local.egress.trust import environment
 from gatewayd.local.models import CommandBody, SessionBody
 from gatewayd.local.runtime.base import DEFAULT_SHELL, Box, Process, SpawnSpec
 from gatewayd.local.store import Record
@@ -20,11 +21,13 @@ DEFAULT_TERM = "xterm-256color"
 def spawn_spec(record: Record, body: CommandBody, shell: str, *, pty: bool) -> SpawnSpec:
     """The process for a command, or for a login shell when there is none.
 
-    Layers, each over the one before: the sandbox's run_config, its env_vars, the command's run_config or env and cwd.
+    Layers, each over the one before: the variables of the sandbox's proxy rules, its run_config, its env_vars, the command's
+    run_config or env and cwd.
     """
     base = record.run_config or {}
     own: Mapping[str, Any] = body.run_config.model_dump(exclude_none=True) if body.run_config else {}
-    env = {**base.get("env_vars", {}), **record.env_vars, **own.get("env_vars", {}), **(body.env or {})}
+    env = {**environment(record.proxy_config), **base.get("env_vars", {}), **record.env_vars}
+    env |= {**own.get("env_vars", {}), **(body.env or {})}
     if pty:
         env.setdefault("TERM", DEFAULT_TERM)
     return SpawnSpec(

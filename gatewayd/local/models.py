@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from gatewayd.local.names import name_problem
+from gatewayd.local.proxyconfig import ProxyConfig
 
 DEFAULT_SNAPSHOT_ID = "6f1c1f6e-8a5d-5a5e-9a3e-0d9c1b7d2f10"  # fixed: the snapshot made of the host's own /usr
 DEFAULT_SNAPSHOT_NAME = "default"
@@ -111,21 +112,12 @@ def _one_way(what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _proxy_config(value: Any) -> Any:
-    if isinstance(value, dict) and not any(value.values()):
-        return None
-    if value is not None:
-        raise ValueError("proxy_config is not available in this service: its sandboxes have no way out to the network")
-    return value
-
-
 def _persistent(value: bool | None) -> bool | None:
     if value is False:
         raise ValueError("persistent=false is not available in this service: a sandbox keeps its files until it is deleted")
     return value
 
 
-ProxyConfig = Annotated[Any, AfterValidator(_proxy_config)]
 SnapshotReference = Annotated[Text, Field(max_length=512)]
 
 
@@ -165,7 +157,7 @@ class CreateBody(BaseModel):
     run_config: RunConfig | None = None
     wait_for_ready: StrictBool = False
     timeout: Annotated[float, Field(strict=True, gt=0, le=3600)] = 30  # seconds; only with wait_for_ready
-    proxy_config: ProxyConfig = None
+    proxy_config: ProxyConfig | None = None
     persistent: Annotated[StrictBool | None, AfterValidator(_persistent)] = None
     mount_config: Annotated[Any, not_here("mount_config")] = None
     volumes: Annotated[Any, not_here("volumes")] = None
@@ -193,7 +185,7 @@ class PatchBody(BaseModel):
     fs_capacity_bytes: Capacity | None = None
     labels: Labels | None = None
     run_config: RunConfig | None = None
-    proxy_config: ProxyConfig = None
+    proxy_config: ProxyConfig | None = None
     tag_value_ids: Annotated[Any, not_here("tag_value_ids")] = None
 
 

@@ -41,6 +41,15 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class SecretRecord:
+    """A workspace secret."""
+
+    key: str
+    created_at: str
+    sealed: str  # its value, encrypted (`vault`)
+
+
+@dataclass(frozen=True)
 class RegistryRecord:
     """Where private images come from."""
 

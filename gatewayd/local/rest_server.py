@@ -13,6 +13,7 @@ from gatewayd.local.boxes import Boxes
 from gatewayd.local.description import answers
 from gatewayd.local.listing import MAX_CURSOR, Order
 from gatewayd.local.models import DEFAULT_SNAPSHOT_ID, CreateBody, PatchBody
+from gatewayd.local.proxyconfig import shown
 from gatewayd.local.store import Record
 
 PREFIXES = ("/v2/sandboxes", "/api/v2/sandboxes")  # the SDK's own client; the generated clients
@@ -66,7 +67,7 @@ def view(record: Record, request: Request) -> dict[str, Any]:
         "size_class": None,
         "labels": dict(record.labels),
         "run_config": record.run_config,
-        "proxy_config": None,
+        "proxy_config": shown(record.proxy_config),
         "mount_config": None,
         "preserve_memory_on_stop": False,
         "persistent": True,
@@ -130,12 +131,12 @@ async def get_box_status(request: Request, name: str) -> dict[str, Any]:
     return {"status": record.status, "status_message": record.status_message}
 
 
-@router.patch("/boxes/{name}", responses=answers("SandboxView", 404, 409, 507))
+@router.patch("/boxes/{name}", responses=answers("SandboxView", 400, 404, 409, 507))
 async def update_box(request: Request, name: str, body: PatchBody) -> dict[str, Any]:
     """Change a sandbox."""
     boxes = boxes_of(request)
     sandbox = boxes.get(name)
-    boxes.update(sandbox, body)
+    await boxes.update(sandbox, body)
     return view(sandbox.record, request)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from gatewayd.local.egress.gate import Gate
 from gatewayd.local.registry import CommandRegistry
 from gatewayd.local.runtime.base import Box
 from gatewayd.local.store import Record
@@ -30,6 +31,7 @@ class Run:
     def __init__(self, box: Box, name: str) -> None:
         self.box = box
         self.commands = CommandRegistry(name)
+        self.gate: Gate | None = None  # its way out; None: it has none
         self.tunnels: set[Closable] = set()  # open tunnels; each adds and removes itself
 
 

@@ -33,6 +33,34 @@ class SandboxStatus(BaseModel):
     status_message: str | None
 
 
+class ProxyHeaderView(BaseModel):
+    """A header that requests are given; the value of an opaque one is never told."""
+
+    name: str
+    type: Literal["plaintext", "opaque", "workspace_secret"]
+    value: str = ""  # not of an opaque one
+    is_set: bool = False  # of an opaque one alone
+
+
+class ProxyRuleView(BaseModel):
+    """What requests to some hosts are given."""
+
+    name: str
+    enabled: bool
+    match_hosts: list[str]
+    match_paths: list[str]
+    headers: list[ProxyHeaderView]
+    env_vars: dict[str, str] = {}
+
+
+class ProxyConfigView(BaseModel):
+    """The network of a sandbox."""
+
+    rules: list[ProxyRuleView] = []
+    no_proxy: list[str] = []
+    access_control: dict[str, list[str]] = {}
+
+
 class SandboxView(SandboxStatus):
     """A sandbox. What this service does not have is null."""
 
@@ -53,7 +81,7 @@ class SandboxView(SandboxStatus):
     size_class: str | None
     labels: dict[str, str]
     run_config: RunConfig | None
-    proxy_config: None
+    proxy_config: ProxyConfigView | None
     mount_config: None
     preserve_memory_on_stop: bool
     persistent: bool
@@ -161,5 +189,34 @@ class ServiceUrlList(BaseModel):
     next_cursor: None
 
 
-class SecretList(RootModel[list[None]]):
-    """The workspace secrets, of which there are none."""
+class SecretView(BaseModel):
+    """A workspace secret; its value is never told."""
+
+    key: str
+
+
+class SecretList(RootModel[list[SecretView]]):
+    """The workspace secrets."""
+
+
+class EgressDecision(BaseModel):
+    """A DNS query, connection or request, and what was decided. Of this service alone."""
+
+    time: str
+    kind: Literal["dns", "tcp", "tls", "http"]
+    host: str
+    port: int | None
+    verdict: Literal["allow", "deny"]
+    reason: str
+    method: str | None
+    path: str | None
+    status: int | None
+    rules: list[str]
+    sent: int | None
+    received: int | None
+
+
+class EgressLog(BaseModel):
+    """The last decisions about one sandbox, oldest first."""
+
+    decisions: list[EgressDecision]

@@ -23,6 +23,9 @@ import uvloop
 
 from gatewayd.local import logs, memory
 from gatewayd.local.boxes import Boxes
+from gatewayd.local.clock import Clock
+from gatewayd.local.egress.addresses import Reach
+from gatewayd.local.egress.service import Egress
 from gatewayd.local.guard import WILDCARDS, Guard
 from gatewayd.local.runtime.base import RuntimeFailure
 from gatewayd.local.runtimes import NAMES, make_runtime, table
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         return _fail(str(exc), EX_CANTCREAT)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(state, sock, args.host, args.runtime, args.base))
+            return runner.run(_serve(state, sock, args.host, args.runtime, args.base, args.allow_private))
     except (StateDirError, StoreError) as exc:
         return _fail(str(exc), EX_OSFILE)
     except RuntimeFailure as exc:
@@ -88,12 +91,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="make sandboxes on the root file system in this tar file (native runtime only)",
     )
     parser.add_argument(
+        "--allow-private",
+        action="append",
+        default=[],
+        metavar="CIDR",
+        help="let sandboxes reach this private network or address, which they do not without; can be given several times",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="say what the runtime finds on this machine, and exit (0: all is there)"
     )
     args = parser.parse_args(argv)
     if args.state_dir is None and not args.check:
         parser.error("the following arguments are required: --state-dir")
     args.state_dir = args.state_dir or "."
+    try:
+        Reach(args.allow_private)
+    except ValueError as exc:
+        parser.error(f"--allow-private: {exc}")
     if args.base is not None and args.runtime != NAMES[0]:
         parser.error(f"--base needs the {NAMES[0]} runtime")
     if args.base is not None and not args.base.is_file():
@@ -153,7 +167,9 @@ def _endpoint(sock: socket.socket, host: str) -> str:
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
-async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str, base: Path | None) -> int:
+async def _serve(
+    state: StateDir, sock: socket.socket, host: str, runtime: str, base: Path | None, opened: Sequence[str]
+) -> int:
     memory.spare()
     _allow_descriptors()
     from gatewayd.local.app import build_app
@@ -162,7 +178,9 @@ async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str, 
     store = Store(state.database)
     state.claim(runtime, empty=not store.load())
     environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    boxes = Boxes(store, make_runtime(runtime, state.path, base), environ=environ)
+    clock = Clock()
+    egress = Egress(store, clock, Reach(opened))
+    boxes = Boxes(store, make_runtime(runtime, state.path, base), clock, environ, egress)
     tasks = TaskOwner("service")
     try:
         await boxes.recover()

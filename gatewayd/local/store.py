@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gatewayd.local.clock import Clock
-from gatewayd.local.records import LayerRecord, RegistryRecord, SnapshotRecord
+from gatewayd.local.records import LayerRecord, RegistryRecord, SecretRecord, SnapshotRecord
 from gatewayd.local.storage import Reserve, has_room
 from gatewayd.local.tables import Table
 
@@ -77,7 +77,12 @@ CREATE TABLE registries (
 ) STRICT
 """,
 )
-MIGRATIONS = (_VERSION_1, _VERSION_2)  # what makes each version of the file out of the one before; never changed, only added to
+_VERSION_3 = (
+    "ALTER TABLE boxes ADD COLUMN proxy_config TEXT",
+    "CREATE TABLE secrets (key TEXT PRIMARY KEY, created_at TEXT NOT NULL, sealed TEXT NOT NULL) STRICT",
+)
+# what makes each version of the file out of the one before; never changed, only added to
+MIGRATIONS = (_VERSION_1, _VERSION_2, _VERSION_3)
 SCHEMA_VERSION = len(MIGRATIONS)  # PRAGMA user_version of the file
 
 
@@ -105,6 +110,7 @@ class Record:
     env_vars: Mapping[str, str] = field(default_factory=dict)  # set for every command
     run_config: Mapping[str, Any] | None = None  # user, work_dir, env_vars: a layer below env_vars; begins as the snapshot's
     snapshot_id: str | None = None  # what it was made from; None: the default snapshot
+    proxy_config: Mapping[str, Any] | None = None  # as `proxyconfig.stored` makes it; None: every public host, and no rules
 
 
 def now() -> str:
@@ -130,11 +136,12 @@ class Store:
         except StoreError:
             self._db.close()
             raise
-        self._boxes = Table(self._db, "boxes", Record, ("labels", "env_vars", "run_config"))
+        self._boxes = Table(self._db, "boxes", Record, ("labels", "env_vars", "run_config", "proxy_config"))
         json_columns = ("labels", "tags", "run_config", "image_config", "layers")
         self.snapshots = Table(self._db, "snapshots", SnapshotRecord, json_columns)
         self.layers = Table(self._db, "layers", LayerRecord)
         self.registries = Table(self._db, "registries", RegistryRecord)
+        self.secrets = Table(self._db, "secrets", SecretRecord)
 
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")

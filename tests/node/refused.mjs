@@ -11,19 +11,19 @@ writeFileSync(join(context, "Dockerfile"), "FROM scratch\n");
 said.dockerfile = await refused(c, "createSnapshotFromDockerfile", "LangSmithResourceCreationError", name, "Dockerfile", { context });
 rmSync(context, { recursive: true });
 
-const box = await c.createSandbox({ name });
+const secret = sdk.opaqueSecret("x");
+const rule = { name: "r", match_hosts: ["example.com"], headers: [{ name: "X", ...secret }, { name: "Y", ...sdk.workspaceSecret("Y") }] };
+const box = await c.createSandbox({ name, proxyConfig: sdk.proxyConfig({ rules: [rule] }) });
+for (const builder of ["proxyConfig", "opaqueSecret", "workspaceSecret"]) seen(builder, "ok");
 said.download = await refused(c, "generateDownloadURL", invalid, name, "/file");
 said.downloadHere = await refused(box, "generateDownloadURL", invalid, "/file");
 said.service = await refused(c, "serviceUrl", invalid, name, { port: 8000 });
 await box.delete();
 
-const secret = sdk.opaqueSecret("x");
-const rule = { name: "r", matchHosts: ["example.com"], headers: [{ name: "X", ...secret }, { name: "Y", ...sdk.workspaceSecret("Y") }] };
 const aws = sdk.awsAuth({ accessKeyId: secret, secretAccessKey: secret });
 const gcp = sdk.gcpAuth({ serviceAccountJson: secret, scopes: ["s"] });
 const at = { id: "m", mountPath: "/mnt/m" };
 const configs = [
-  [["proxyConfig", "opaqueSecret", "workspaceSecret"], { proxyConfig: sdk.proxyConfig({ rules: [rule] }) }],
   [["awsAuth"], { proxyConfig: sdk.proxyConfig({ rules: [aws] }) }],
   [["gcpAuth"], { proxyConfig: sdk.proxyConfig({ rules: [gcp] }) }],
   [["mountConfig", "s3Mount"], { mountConfig: sdk.mountConfig({ mounts: [sdk.s3Mount({ ...at, bucket: "b" })], auth: [aws] }) }],

@@ -116,8 +116,8 @@ def test_errors_as_the_sdk_sees_them(client: Any, service: Service, name: str) -
         client.create_sandbox(name=name, snapshot="python:3.12")
     assert caught.value.field == "snapshot"
     with pytest.raises(ValidationError) as caught:
-        client.create_sandbox(name=name, proxy_config={"rules": [{"name": "x", "match_hosts": ["a"]}]})
-    assert caught.value.field == "proxy_config"
+        client.create_sandbox(name=name, proxy_config={"access_control": {"allow_list": ["a"], "deny_list": ["b"]}})
+    assert caught.value.field == "access_control"
     with client.sandbox(name=name), pytest.raises(SandboxClientError, match="already in use"):
         client.create_sandbox(name=name)
     with service.client(api_key="wrong") as other, pytest.raises(SandboxAuthenticationError, match="API key is wrong"):
@@ -254,8 +254,6 @@ def test_what_this_service_has_not_is_answered_in_the_same_shape(service: Servic
         ("DELETE", f"{box}/service-urls?port=80", None, 404, "NotFound"),
         ("DELETE", f"{box}/service-urls", None, 404, "NotFound"),
         ("POST", f"{box}/download-url", {"path": "/x"}, 422, "Unsupported"),
-        ("POST", secrets, {"key": "K", "value": "s3cret"}, 422, "Unsupported"),
-        ("PUT", f"{secrets}/K", {"value": "s3cret"}, 422, "Unsupported"),
         ("GET", f"{secrets}/K", None, 404, "NotFound"),
         ("DELETE", f"{secrets}/K", None, 404, "NotFound"),
         ("GET", f"{prefix}/nowhere", None, 404, "NotFound"),
@@ -337,7 +335,7 @@ def test_what_one_machine_cannot_do_is_refused_by_name(service: Service, sandbox
         "restore_memory": True,
         "tag_value_ids": ["x"],
         "persistent": False,
-        "proxy_config": {"access_control": {"allow_list": ["example.com"]}},
+        "proxy_config": {"callbacks": ["https://example.com"]},
         "snapshot": "python:3.12",
         "snapshot_id": "x",
         "snapshot_name": "x",

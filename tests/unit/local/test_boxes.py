@@ -91,7 +91,7 @@ async def test_deleting_wins(boxes: Boxes) -> None:
         boxes.get(sandbox.record.id)
     assert caught.value.status == 404
     with pytest.raises(ServiceError):
-        boxes.update(sandbox, PatchBody(name="late"))
+        await boxes.update(sandbox, PatchBody(name="late"))
 
 
 async def test_a_name_is_taken_from_the_first_moment(boxes: Boxes) -> None:
@@ -142,7 +142,7 @@ async def test_what_cannot_be_recorded_is_recorded_later(boxes: Boxes, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(boxes._store._boxes, "_write", full)
-        for refused in (lambda: boxes.create(READY), lambda: asyncio.to_thread(boxes.update, sandbox, PatchBody(name="new"))):
+        for refused in (lambda: boxes.create(READY), lambda: boxes.update(sandbox, PatchBody(name="new"))):
             with pytest.raises(ServiceError) as caught:
                 await refused()
             assert (caught.value.status, caught.value.error) == (507, "StorageFull")
