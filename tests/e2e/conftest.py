@@ -27,6 +27,14 @@ missing = [name for name in NEEDED if shutil.which(name) is None]
 Done = subprocess.CompletedProcess[str]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that take minutes run when they are asked for."""
+    for item in items:
+        slow = item.path.parent == Path(__file__).parent and item.get_closest_marker("slow") is not None
+        if slow and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run it with -m slow"))
+
+
 def wait_until(true: Callable[[], Any], what: str, deadline: float = 20.0) -> Any:
     """Poll something that sends no event; fails when it is not true in time."""
     end = time.monotonic() + deadline
