@@ -1,4 +1,4 @@
-"""asyncssh, made to fit. Everything that touches what asyncssh does not promise to keep is in this file.
+"""asyncssh, made to fit. What touches things that asyncssh does not promise to keep is in this file and in order.py.
 
 What it changes, and the private names it leans on:
 
@@ -29,6 +29,7 @@ from asyncssh.constants import MSG_IGNORE, MSG_KEXINIT, OPEN_RESOURCE_SHORTAGE
 from asyncssh.packet import SSHPacket, String
 
 from gatewayd.frontends.ssh.authorized import Permits
+from gatewayd.frontends.ssh.order import OrderedConnection
 
 if TYPE_CHECKING:
     from asyncssh.connection import SSHServerConnectionOptions
@@ -42,6 +43,7 @@ ENVIRONMENT_MAX = 65536  # bytes of names and values that one session may set
 FAST_CIPHERS = (b"aes128-gcm@openssh.com", b"aes256-gcm@openssh.com")  # one call into OpenSSL for each packet
 CIPHERS = ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes128-ctr", "aes256-ctr"]
 _EAGER_CLIENT = b"SSH-2.0-OpenSSH_"  # sends its KEXINIT without waiting for ours
+NOT_SSH = b"Invalid SSH identification string.\r\n"
 _NOTHING = String(b"")
 
 
@@ -155,7 +157,7 @@ class SessionChannel(_Paced, asyncssh.SSHServerChannel[bytes]):
         return True
 
 
-class Connection(asyncssh.SSHServerConnection):
+class Connection(OrderedConnection):
     """The server's side of one SSH connection."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, options: SSHServerConnectionOptions, gate: Gate) -> None:
@@ -231,6 +233,14 @@ class Connection(asyncssh.SSHServerConnection):
             return
         super()._send_kexinit()
 
+    def _recv_version(self) -> bool:
+        line, newline, _ = self._inpbuf.partition(b"\n")
+        if newline and not (line.startswith((b"SSH-2.0-", b"SSH-1.99-")) and line.isascii()):
+            self._send(NOT_SSH)  # as sshd answers
+            self._force_close(asyncssh.ProtocolNotSupported("Unsupported SSH version"))
+            return False
+        return super()._recv_version()
+
     async def _process_kexinit(self, pkttype: int, pktid: int, packet: SSHPacket) -> None:
         if self._kexinit_due and not self._session_id:
             self._kexinit_sent = False
@@ -242,7 +252,7 @@ class Connection(asyncssh.SSHServerConnection):
             self._enc_algs = [name for name in FAST_CIPHERS if name in upward and name in downward] or self._enc_algs
         await super()._process_kexinit(pkttype, pktid, packet)
 
-    _packet_handlers = {**asyncssh.SSHServerConnection._packet_handlers, MSG_KEXINIT: cast(Any, _process_kexinit)}  # noqa: RUF012
+    _packet_handlers = {**OrderedConnection._packet_handlers, MSG_KEXINIT: cast(Any, _process_kexinit)}  # noqa: RUF012
 
     async def reload_config(self) -> None:
         """There is no configuration of asyncssh's own to read again."""
@@ -307,20 +317,16 @@ class Connection(asyncssh.SSHServerConnection):
 
     async def create_agent_listener(self) -> bool:
         """See asyncssh."""
-        return self._permitted("agent-forwarding") and await self._gate.agent_requested()
+        return self._may("agent-forwarding") and await self._gate.agent_requested()
 
     async def attach_x11_listener(self, chan: Any, auth_proto: bytes, auth_data: bytes, screen: int) -> str | None:
         """See asyncssh."""
-        if not self._permitted("X11-forwarding") or chan._session is None:
+        if not self._may("X11-forwarding") or chan._session is None:
             return None
         return await self._gate.x11_requested(chan._session, auth_proto, auth_data, screen) or None
 
     def detach_x11_listener(self, chan: Any) -> None:
         """The listeners belong to their sessions."""
-
-    def _permitted(self, what: str) -> bool:
-        """Whether the key and the certificate of the client, if it had any, allow something."""
-        return self.check_key_permission(what) and self.check_certificate_permission(what)
 
     def _process_cancel_tcpip_forward_global_request(self, packet: SSHPacket) -> None:
         peek = SSHPacket(packet.get_remaining_payload())

@@ -58,6 +58,7 @@ class Forwards:
         self._work = work
         self._label = label
         self._listeners: set[Listener] = set()  # that are open
+        self._closed = False  # close was called
 
     # --- from the client into the sandbox -----------------------------------------------------------------------------
 
@@ -155,6 +156,9 @@ class Forwards:
         except GatewayError as exc:
             log.info("ssh %s: cannot listen on %s: %s", self._label, where, exc.message)
             return None
+        if self._closed:  # the client left meanwhile
+            await inner.aclose()
+            return None
         listener = Listener(inner, self._work, self._listeners.discard)
         self._listeners.add(listener)
         if len(self._listeners) > LISTENERS_MAX:
@@ -179,7 +183,8 @@ class Forwards:
         await self._join(session, stream, what)
 
     def close(self) -> None:
-        """Close every listener; idempotent."""
+        """Close every listener, those included that are being opened; idempotent."""
+        self._closed = True
         for listener in list(self._listeners):
             listener.close()
 

@@ -78,10 +78,16 @@ class Target:
         return await self._ways.guests.sftp(self.account, self.sandbox, self.user, wake=self.wake)
 
     async def connect_tcp(self, host: str, port: int) -> ByteStream:
-        """A connection made inside the sandbox; `host` may be the sandbox itself. Raises GatewayError."""
+        """A connection made inside the sandbox; `host` may be the sandbox itself. Raises GatewayError.
+
+        The guest's outlive a broken link. Where there is no guest, the service connects, to the sandbox itself only.
+        """
         if self.is_local(host):
-            return await self._ways.pool.dial(self.account, self.sandbox, port, wake=self.wake)
-        await self._need_guest(f"connect to {host}")
+            if await self.text_only():
+                return await self._ways.pool.dial(self.account, self.sandbox, port, wake=self.wake)
+            host = "localhost"
+        else:
+            await self._need_guest(f"connect to {host}")
         return await self._ways.guests.connect_tcp(self.account, self.sandbox, host, port, wake=self.wake)
 
     async def connect_unix(self, path: str) -> ByteStream:

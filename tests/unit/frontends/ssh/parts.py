@@ -197,6 +197,11 @@ class HostGuests:
     started: asyncio.Queue[HostSession] = field(default_factory=asyncio.Queue)  # those that no test has taken yet
     listeners: list[HostListener] = field(default_factory=list)  # all there were, on ports
     directory: str = ""  # for sockets
+    listening: asyncio.Queue[int] = field(default_factory=asyncio.Queue)  # ports that somebody wants to listen on
+    answers: asyncio.Event = field(default_factory=asyncio.Event)  # set: such requests are answered
+
+    def __post_init__(self) -> None:
+        self.answers.set()
 
     async def ready(self, *_: object, wake: bool) -> None:
         if self.unusable is not None:
@@ -224,6 +229,8 @@ class HostGuests:
         return SocketStream.from_socket(sock)
 
     async def listen_tcp(self, account: object, sandbox: str, host: str, port: int, on_stream: OnStream) -> HostListener:
+        self.listening.put_nowait(port)
+        await self.answers.wait()
         try:
             self.listeners.append(HostListener(socket.create_server((host, port)), on_stream))
         except OSError as exc:
