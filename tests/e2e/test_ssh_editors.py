@@ -225,8 +225,11 @@ def test_the_session_survives_a_link_that_was_given_up(own_gateway: Gateway) -> 
         ask(sock, "before")
         connected = own_gateway.json("status", "box")["link"]["connected_at"]
         with frozen(int(own_gateway.service["pid"])):
+            sock.sendall(b"while it stands still\n")
             editor.write("echo typed\n")
             time.sleep(FROZEN)
+        sock.settimeout(BACK)
+        assert sock.recv(100) == b"while it stands still\n"
         assert editor.line(BACK) == "typed"
         assert own_gateway.json("status", "box")["link"]["connected_at"] != connected
         with editor.connect() as fresh:
