@@ -28,6 +28,8 @@ _UNSETTLED = 50_000_000  # nanoseconds: a change so shortly before a look may be
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _UPLOAD = re.compile(r"\.gatewayd-\d+-\d+\Z")  # a file that is being uploaded, under its temporary name
 _OWN_XATTRS = ("user.overlay.opaque", "user.overlay.whiteout", "user.overlay.whiteouts")  # what overlayfs means in a lower layer
+# what it looks like when an entry is gone, or is of another kind, since it was looked at
+_SWAPPED = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO)
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -95,7 +97,7 @@ class TreeCopy:
         try:
             source = kernel.open_beneath(self._source, path or ".", _FOLDER)
         except OSError as exc:
-            if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # gone, or swapped, since it was listed
+            if exc.errno in _SWAPPED:
                 return []
             raise
         target = kernel.open_beneath(self._target, path or ".", _FOLDER)
@@ -109,10 +111,17 @@ class TreeCopy:
             with os.scandir(source) as entries:
                 names = [entry.name for entry in entries]
             for name in names:
-                if not _UPLOAD.match(name):
-                    with contextlib.suppress(FileNotFoundError):  # gone since it was listed
-                        if self._entry(source, target, path, name, now, before, again):
-                            below.append(f"{path}/{name}" if path else name)
+                if _UPLOAD.match(name):
+                    continue
+                inner = f"{path}/{name}" if path else name
+                try:
+                    if self._entry(source, target, path, name, now, before, again):
+                        below.append(inner)
+                except OSError as exc:
+                    if exc.errno not in _SWAPPED:
+                        raise
+                    if inner in self._seen:  # whatever was made of it is not to be trusted
+                        self._seen[inner] = self._seen[inner]._replace(changed=-1)
         finally:
             os.close(source)
             os.close(target)
@@ -240,8 +249,10 @@ class TreeCopy:
         folder, _, name = path.rpartition("/")
         try:
             above = kernel.open_beneath(self._target, folder or ".", _FOLDER)
-        except FileNotFoundError:
-            return
+        except OSError as exc:
+            if exc.errno in _SWAPPED:  # what it was in has been replaced as a whole
+                return
+            raise
         try:
             _remove_at(above, name)
         finally:
