@@ -44,8 +44,8 @@ class ByteStream(Protocol):
 class Breakable(Protocol):
     """A byte stream that notices a reset while nobody reads or writes it."""
 
-    def broken(self) -> asyncio.Future[None]:
-        """Done when the stream is gone."""
+    def broken(self) -> asyncio.Future[Any]:
+        """Done when the stream is gone; its result is the reason (an exception), or None."""
         ...
 
 
@@ -82,7 +82,7 @@ async def relay(a: ByteStream, b: ByteStream) -> RelayResult:
     return RelayResult(ways[0].count, ways[1].count, error)
 
 
-async def _settle(tasks: set[asyncio.Task[Exception | None]], watched: list[asyncio.Future[None]]) -> Exception | None:
+async def _settle(tasks: set[asyncio.Task[Exception | None]], watched: list[asyncio.Future[Any]]) -> Exception | None:
     """Wait until both ways have ended, one has failed, or a stream broke; the error or None."""
     pending: set[asyncio.Future[Any]] = {*tasks, *watched}
     while True:
@@ -96,6 +96,7 @@ async def _settle(tasks: set[asyncio.Task[Exception | None]], watched: list[asyn
             # What came before the reset is still delivered, as far as the receiver takes it in time.
             await asyncio.wait(tasks, timeout=_DRAIN_DEADLINE, return_when=asyncio.FIRST_COMPLETED)
             errors = [error for task in tasks if task.done() and (error := task.result()) is not None]
+            errors += [future.result() for future in watched if future.done() and future.result() is not None]
             return errors[0] if errors else StreamReset("a relayed stream was reset")
 
 

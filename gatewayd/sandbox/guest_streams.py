@@ -30,10 +30,20 @@ class GuestStream(GuestSession):
         self, host: GuestHost, core: ClientSession, owner: TaskOwner, what: str, *, linger: float = wire.LINGER
     ) -> None:
         super().__init__(host, core, owner, what=what, streams=(STDOUT,), linger=linger, connection=True)
+        self._broken: asyncio.Future[GatewayError] = asyncio.get_running_loop().create_future()  # handed out by broken()
 
     async def read(self, limit: int = 262144, _: int = 0, /) -> bytes:
         """1 to `limit` bytes, b"" at the end of the peer's direction. Raises GatewayError; StreamReset for a reset."""
         return await super().read(STDOUT, limit)
+
+    def broken(self) -> asyncio.Future[GatewayError]:
+        """Done once the connection was reset or its session lost; why."""
+        return self._broken
+
+    def _lose(self, error: GatewayError, *, only_exit: bool = False) -> None:
+        super()._lose(error, only_exit=only_exit)
+        if not only_exit and not self._broken.done():
+            self._broken.set_result(error)
 
     async def write_eof(self) -> None:  # type: ignore[override]
         """End our direction; idempotent."""
