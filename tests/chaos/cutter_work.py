@@ -55,7 +55,7 @@ class Work(threading.Thread):
         self.world = world
         self.box = box
         self.random = random.Random(f"{seed} {self.label}")  # noqa: S311 - repeatable, not secret
-        self.folder = world.gateway.root / "work" / self.label
+        self.folder = world.gateway.root / "work" / box / self.label
         self.folder.mkdir(parents=True)
         self.over = threading.Event()  # the links are left alone from now on
         self.begun = threading.Event()  # its session is up
