@@ -24,7 +24,7 @@ missing = [name for name in NEEDED if shutil.which(name) is None]
 DEADLINE = 60  # seconds for a sandbox and the end of it, on top of a script's own
 
 by_name = [pytest.param(case, id=case.name, marks=pytest.mark.timeout(case.timeout + DEADLINE)) for case in CASES]
-seen: dict[str, Outcome] = {}  # what the front end made of each script in this run
+seen: set[str] = set()  # scripts that did in this run what is expected of them
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +50,17 @@ def complaint(outcome: Outcome, complaints: list[str]) -> str:
 @pytest.mark.parametrize("case", by_name)
 def test_script(bench: Bench, case: Case) -> None:
     outcome = bench.run(case.name, timeout=case.timeout, data=case.data)
-    seen[case.name] = outcome
     unexpected, missed = case.judge(outcome)
     assert not unexpected, complaint(outcome, unexpected)
     assert not missed, f"expected to fail, and did not: {missed}"
+    seen.add(case.name)
 
 
 @pytest.mark.parametrize("case", by_name)
 def test_sshd_itself(bench: Bench, case: Case) -> None:
     """The same script against sshd, in the same sandbox: what fails there too is not the front end's fault."""
+    if not case.beside_sshd:
+        pytest.skip("cannot pass here")
     outcome = bench.run(case.name, REAL_SSHD, timeout=case.timeout, data=case.data)
     assert outcome.code == 0, complaint(outcome, [f"{step}: {what}" for step, what in outcome.failures])
 
@@ -69,8 +71,13 @@ def test_the_record(bench: Bench) -> None:
     accounted = {case.name for case in CASES} | set(ELSEWHERE) | LOCAL
     assert names == accounted, f"not accounted for: {names - accounted}; no longer there: {accounted - names}"
     if len(seen) < len(CASES):
-        pytest.skip("only some of the scripts have run")
+        pytest.skip("not every script has run and done what is expected of it")
+    publish("openssh", record(bench.suite.version))
+
+
+def record(version: str) -> str:
+    """The part of the page."""
     lines = ["| script | result | note |", "|---|---|---|"]
-    lines += [f"| `{case.name}` | {case.state(seen[case.name])} | {case.remark(seen[case.name])} |" for case in CASES]
+    lines += [f"| `{case.name}` | {case.state} | {case.remark} |" for case in CASES]
     lines += [f"| `{name}` | not run | {why} |" for name, why in sorted(ELSEWHERE.items())]
-    publish("openssh", f"OpenSSH {bench.suite.version}.\n\n" + "\n".join(lines))
+    return f"OpenSSH {version}.\n\n" + "\n".join(lines)
