@@ -33,6 +33,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Running things": {
         "exec": ("exec", "Run a command in a sandbox; input, output and exit code are passed on."),
         "console": ("console", "Open a shell in a sandbox; it survives lost connections."),
+        "egress": ("egress", "Show what a sandbox reached of the network, and what it was refused."),
         "ps": ("ps", "List the sessions of exec and console in a sandbox."),
         "attach": ("attach", "Go on with one of them."),
     },

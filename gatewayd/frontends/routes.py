@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatewayd.api import DAEMON_LOG, PROFILE_LOCAL, VERSION, ErrorKind
 from gatewayd.errors import GatewayError
+from gatewayd.frontends.egress import EGRESS_ROUTES
 from gatewayd.frontends.snapshots import SNAPSHOT_ROUTES
 from gatewayd.frontends.table import Call, Reply, Route, Services, digits
 from gatewayd.sandbox import sshd
@@ -177,6 +178,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/sandboxes/{name}/ssh-setup", add_ssh_keys, "Start sshd, allow keys, read the host keys", ("public_keys",)),
     Route("DELETE", "/sandboxes/{name}/ssh-setup", remove_ssh_keys, "Withdraw keys", ("public_keys",)),
     *SNAPSHOT_ROUTES,
+    *EGRESS_ROUTES,
 )
 
 __all__ = ["ROUTES", "Call", "Reply", "Route", "Services", "openapi"]

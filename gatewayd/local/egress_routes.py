@@ -18,6 +18,8 @@ from gatewayd.local.workspacesecrets import WorkspaceSecrets
 
 SECRETS = "/api/v1/workspaces/current/secrets"
 
+MAX_WAIT = 25.0  # seconds
+
 router = APIRouter()  # below each prefix of the control plane
 workspace_router = APIRouter()  # at the top
 
@@ -94,12 +96,18 @@ async def delete_secret(request: Request, key: str) -> Response:
 
 
 @router.get("/boxes/{name}/egress", responses=answers("EgressLog", 404))
-async def egress_log(request: Request, name: str, follow: Annotated[bool, Query()] = False) -> Any:
-    """What was decided about a sandbox's traffic, oldest first; with `follow` as lines of JSON, and each new one as it comes."""
+async def egress_log(
+    request: Request,
+    name: str,
+    follow: Annotated[bool, Query(description="lines of JSON, without an end")] = False,
+    after: Annotated[int, Query(ge=0, description="the serial of the last one that is known")] = 0,
+    wait: Annotated[float, Query(ge=0, le=MAX_WAIT, description="seconds to wait for a new one, if there is none")] = 0,
+) -> Any:
+    """What was decided about a sandbox's traffic, oldest first. Of this service alone."""
     boxes = boxes_of(request)
     journal = boxes.egress.journal(boxes.get(name).record.id)
     if not follow:
-        return {"decisions": journal.entries()}
+        return {"decisions": await journal.after(after, wait)}
 
     async def lines() -> AsyncIterator[bytes]:
         async for entry in journal.follow():

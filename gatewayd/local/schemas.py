@@ -202,6 +202,7 @@ class SecretList(RootModel[list[SecretView]]):
 class EgressDecision(BaseModel):
     """A DNS query, connection or request, and what was decided. Of this service alone."""
 
+    serial: int
     time: str
     kind: Literal["dns", "tcp", "tls", "http"]
     host: str

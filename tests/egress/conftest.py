@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +23,7 @@ from gatewayd.local.egress.resolver import NameUnknown
 from gatewayd.local.egress.service import Egress
 from gatewayd.local.execution import spawn
 from gatewayd.local.models import CommandBody, CreateBody, PatchBody
+from gatewayd.local.runtime.base import Process
 from gatewayd.local.runtime.native import NativeRuntime
 from gatewayd.local.sandbox import Sandbox
 from gatewayd.local.store import Store
@@ -130,6 +132,42 @@ class World:
                 if all(entry[key] == value for key, value in wanted.items()):
                     return entry
         raise AssertionError("the journal ended")
+
+
+class Spawned:
+    """A Python script that is talked to by lines."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._pending = b""
+
+    async def line(self) -> str:
+        """The next line of its output."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(DEADLINE):
+            while b"\n" not in self._pending:
+                readable = asyncio.Event()
+                loop.add_reader(self._process.stdout, readable.set)
+                try:
+                    await readable.wait()
+                finally:
+                    loop.remove_reader(self._process.stdout)
+                chunk = os.read(self._process.stdout, 65536)
+                assert chunk, "it has ended"
+                self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line.decode() + "\n"
+
+    def go_on(self) -> None:
+        """One line of input."""
+        os.write(self._process.stdin, b"\n")
+
+
+async def spawned(world: World, sandbox: Sandbox, script: str) -> Spawned:
+    """Start a Python script in a sandbox."""
+    assert sandbox.run is not None
+    command = CommandBody(command=f"exec python3 -c {shlex.quote(script)}")
+    return Spawned(await spawn(sandbox.run.box, sandbox.record, command))
 
 
 async def _all(fd: int) -> str:

@@ -116,6 +116,7 @@ class Handler(BaseHTTPRequestHandler):
     def _note(self, body: bytes) -> None:
         entry = {"method": self.command, "path": self.path, "headers": dict(self.headers.items()), "body": body[:200]}
         self.server.seen.append(entry | {"size": len(body), "peer": self.client_address[1]})
+        self.server.asked.set()
 
     def _answer(self, body: bytes) -> None:
         self.send_response(200)
@@ -144,6 +145,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: str, certificate: Path | None) -> None:
         super().__init__((address, 0), Handler)
         self.seen: list[dict[str, Any]] = []  # requests, in order
+        self.asked = threading.Event()  # set by the first request
         self.go_on = threading.Event()  # lets /stream end
         self.files: dict[str, bytes] = {}  # by path
         self.names: list[str | None] = []  # what clients called it in TLS

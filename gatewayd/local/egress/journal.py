@@ -20,6 +20,7 @@ _MAX_PATH = 200  # characters of a path that are kept
 class Decision:
     """One DNS query, connection or HTTP request. A path is told without its query string, which may hold secrets."""
 
+    serial: int  # of this sandbox's decisions, from 1 on
     time: str  # ISO 8601, UTC
     kind: str  # dns, tcp, tls (intercepted: see its requests), http
     host: str  # name, or address when there was no name
@@ -42,12 +43,15 @@ class Journal:
         self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._followers: set[asyncio.Queue[dict[str, Any] | None]] = set()
         self._closed = False
+        self._serial = 0  # of the last one
 
     def note(self, kind: str, host: str, port: int | None, verdict: str, reason: str = "", **more: Any) -> None:
         """Record a decision; the rest as `Decision`."""
         if (path := more.get("path")) is not None:
             more["path"] = printable(path.partition("?")[0], _MAX_PATH)
-        entry = asdict(Decision(self._clock.stamp(), kind, printable(host, 255), port, verdict, printable(reason, 300), **more))
+        self._serial += 1
+        seen = (printable(host, 255), port, verdict, printable(reason, 300))
+        entry = asdict(Decision(self._serial, self._clock.stamp(), kind, *seen, **more))
         self._kept.append(entry)
         for queue in self._followers:
             if queue.full():
@@ -70,6 +74,22 @@ class Journal:
                 yield got
         finally:
             self._followers.discard(queue)
+
+    async def after(self, serial: int, wait: float) -> list[dict[str, Any]]:
+        """Those that came after one; if there is none, what comes within `wait` seconds."""
+        found = [entry for entry in self._kept if entry["serial"] > serial]
+        if found or wait <= 0 or self._closed:
+            return found
+        queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(_BACKLOG)
+        self._followers.add(queue)
+        try:
+            async with asyncio.timeout(wait):
+                await queue.get()
+        except TimeoutError:
+            return []
+        finally:
+            self._followers.discard(queue)
+        return [entry for entry in self._kept if entry["serial"] > serial]
 
     def close(self) -> None:
         """No more will come; idempotent."""

@@ -91,7 +91,12 @@ class Requests:
     async def _one(self) -> bool:
         """One request and its answer; False when it was the last."""
         self._client.moved = self._server.moved = 0
-        request = await self._request()
+        try:
+            request = await self._request()
+        except h11.RemoteProtocolError as exc:
+            self._journal.note("http", self._host, self._port, "deny", "a request that is no HTTP/1.1")
+            await self._refuse(_Refusal(exc.error_status_hint, "this is no HTTP/1.1"))
+            return False
         if not isinstance(request, h11.Request):
             return False
         method, target = request.method.decode("latin-1")[:20], request.target.decode("latin-1")
