@@ -160,6 +160,33 @@ def test_a_client_that_leaves_takes_its_command_along(ssh: SshWorld) -> None:
     wait_until(lambda: ssh.run("box", f"kill -0 {pid} 2>/dev/null; echo $?").stdout == b"1\n", "the command is gone")
 
 
+def test_what_was_told_to_stay_outlives_a_client_that_leaves(ssh: SshWorld) -> None:
+    """As servers of editors are started. A command that ignores SIGHUP shows when the gateway's SIGKILL has come."""
+    scripts = (
+        ("", "nohup sleep 300 >/dev/null 2>&1 & echo $!; exec sleep 300", True),
+        ("", "setsid sleep 300 >/dev/null 2>&1 & echo $!; exec sleep 300", True),
+        ("-tt", "nohup sleep 300 >/dev/null 2>&1 & echo $!; exec sleep 300", True),
+        ("-tt", "setsid sleep 300 >/dev/null 2>&1 & echo $!; exec sleep 300", True),
+        ("", "sleep 300 & echo $!; exec sleep 300", False),
+        ("", "trap '' HUP; echo $$; while :; do sleep 300; done", False),  # the last one to end
+    )
+    clients = [ssh.popen(*filter(None, (flag, "box", script)), stdout=subprocess.PIPE) for flag, script, _ in scripts]
+    pids = [client.stdout.readline().decode().strip() for client in clients if client.stdout is not None]
+    assert all(pid.isdigit() for pid in pids)
+    for client in clients:
+        client.kill()
+        client.communicate()
+
+    def alive(pid: str) -> bool:
+        return ssh.run("box", f"kill -0 {pid} 2>/dev/null; echo $?").stdout == b"0\n"
+
+    wait_until(lambda: not alive(pids[-1]), "SIGKILL has come")
+    assert [alive(pid) for pid in pids] == [stays for _, _, stays in scripts]
+    ssh.run("-f", "box", "nohup sleep 300 >/dev/null 2>&1 & echo $! > /tmp/left")
+    wait_until(lambda: ssh.run("box", "kill $(cat /tmp/left) 2>/dev/null; echo $?").stdout == b"0\n", "it stays")
+    ssh.run("box", "kill " + " ".join(pid for pid, (_, _, stays) in zip(pids, scripts, strict=True) if stays))
+
+
 def test_many_sessions_on_one_connection(ssh: SshWorld) -> None:
     control = ssh.root / "mux"
     shared = ("-o", f"ControlPath={control}")
