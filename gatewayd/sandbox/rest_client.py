@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import ssl
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -55,6 +56,10 @@ class FixedAccess:
         return self._profile
 
 
+KEPT = 60.0  # seconds without an answer, this machine's sleep included, after which warm connections are left
+KEPT_FOR_ONCE = 5.0  # likewise for a request that must not be sent twice: it cannot be tried out
+
+
 class _Warm:
     """Warm connections, and who uses them."""
 
@@ -62,6 +67,7 @@ class _Warm:
         self.client = client
         self.busy = 0  # requests under way
         self.retired = False  # closed with the last of them
+        self.answered = _boot_time()  # when the last answer came
 
 
 class RestClient:
@@ -164,6 +170,7 @@ class RestClient:
         profile = await self._access.current()
         try:
             async with asyncio.timeout(deadline):
+                await self._leave_stale(path, profile, KEPT if repeatable else KEPT_FOR_ONCE)
                 for attempt in range(self._retries + 1):
                     if attempt:
                         profile = await self._access.current()
@@ -220,6 +227,7 @@ class RestClient:
         finally:
             warm.busy -= 1
             await _close_retired(warm)
+        warm.answered = _boot_time()
         if not response.is_success:
             raise refusal(
                 response.status_code,
@@ -252,11 +260,17 @@ class RestClient:
                 proxy=key[0],
                 trust_env=False,
                 timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT, pool=CONNECT_TIMEOUT),  # `call` has the deadline
-                limits=httpx2.Limits(max_connections=32, max_keepalive_connections=8, keepalive_expiry=60.0),
+                limits=httpx2.Limits(max_connections=32, max_keepalive_connections=8, keepalive_expiry=KEPT),
                 headers={"User-Agent": f"gatewayd/{VERSION}"},
             )
             warm = self._clients[key] = _Warm(client)
         return warm
+
+    async def _leave_stale(self, path: str, profile: Profile, age: float) -> None:
+        url = path if path.startswith(("http://", "https://")) else profile.endpoint
+        warm = self._clients.get(self._key(url, profile))
+        if warm is not None and _boot_time() - warm.answered > age:
+            await self._retire(url, profile)
 
     async def _retire(self, url: str, profile: Profile) -> None:
         """Make new connections from now on; those in use end with their requests."""
@@ -269,6 +283,11 @@ class RestClient:
         clients, self._clients = list(self._clients.values()), {}
         for warm in clients:
             await warm.client.aclose()
+
+
+def _boot_time() -> float:
+    """Seconds; unlike the monotonic clock's, they pass while this machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def _close_retired(warm: _Warm) -> None:

@@ -266,6 +266,25 @@ async def test_a_warm_connection_that_has_died_unnoticed(monkeypatch: pytest.Mon
     await server.wait_closed()
 
 
+async def test_what_is_sent_once_goes_on_a_fresh_connection(
+    service: FakeService, account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(rest_client, "_boot_time", lambda: now)
+    await account.rest.create({"name": "a"})
+    warm = dict(account.rest._clients)
+    await account.rest.create({"name": "b"})
+    assert account.rest._clients == warm
+    now += rest_client.KEPT_FOR_ONCE + 1
+    await account.rest.list({"limit": 5})
+    assert account.rest._clients == warm
+    now += rest_client.KEPT_FOR_ONCE + 1  # the service may be silent because the connection is dead
+    await account.rest.create({"name": "c"})
+    assert account.rest._clients.keys() == warm.keys()
+    assert account.rest._clients != warm
+    assert {name for box in (await account.rest.list({"limit": 5}))["sandboxes"] if (name := box["name"])} == {"a", "b", "c"}
+
+
 def test_names_that_cannot_be_one() -> None:
     assert box_path("a/b?c", "status") == "/v2/sandboxes/boxes/a%2Fb%3Fc/status"
     for wrong in ("", ".", "..", "x" * 300):
