@@ -45,6 +45,7 @@ class Channel:
         *,
         wake: bool,
         linger: float,
+        guest: int = 0,
         notice: Callable[[str], None] = output.note,
     ) -> None:
         """
@@ -52,6 +53,7 @@ class Channel:
             session: opened (`ClientSession.open`) or attached to; not connected yet.
             wake: whether a stopped sandbox is started; only ever by the first connection.
             linger: seconds without a connection after which the session is given up.
+            guest: one of `others` of another channel, to ask that guest alone.
             notice: shows a message to the user.
         """
         self.session = session
@@ -59,6 +61,8 @@ class Channel:
         self._control = control
         self._wake = wake
         self._linger = linger
+        self._guest = guest  # 0: the guest of the daemon's own version, or whichever knows the session
+        self.others: list[int] = []  # guests of other versions, as told by the daemon's answer
         self.notice = notice  # shows a message to the user
         self._link: Link | None = None  # None between attempts
         self._answered = False  # a connection has been answered: from now on the session is resumed
@@ -237,6 +241,7 @@ class Channel:
             "session": session.id.hex(),
             "mode": session.mode,
             "received": session.received,
+            "guest": self._guest,
             "wake": self._wake and not self._answered,
             **api.caller_fields(self._control.profile),
         }
@@ -260,6 +265,7 @@ class Channel:
         if self._told:
             self.notice(f"connected to sandbox {self.sandbox!r} again")
         self._answered = True
+        self.others = _others(ok)
         self._up_at = now
         self._pause = 0.0
         self._lost_at = None
@@ -318,3 +324,9 @@ def _answer(ok: object) -> Answer:
     if all(isinstance(number, int) and 0 <= number < COUNT_MAX for number in numbers):
         return Answer(*numbers)  # type: ignore[arg-type]  # just checked
     raise Failure(ErrorKind.INTERNAL, "the daemon's answer makes no sense: it is no answer of a guest")
+
+
+def _others(ok: object) -> list[int]:
+    """Other guests, as `Channel` takes them. A daemon that knows of none need not say so."""
+    told = ok.get("others") if isinstance(ok, dict) else None
+    return [port for port in told if isinstance(port, int) and 0 < port < 65536] if isinstance(told, list) else []

@@ -71,14 +71,26 @@ def process(
 
 
 def sessions(control: Control, sandbox: str) -> list[dict[str, Any]]:
-    """The processes that a sandbox's guest keeps, the oldest first. Never starts the sandbox.
+    """The processes that a sandbox's guests keep, the oldest first. Never starts the sandbox.
 
     Raises:
         Failure: ``stopped`` for a sandbox that does not run; others as the daemon tells them.
     """
+    found, others = _listed(control, sandbox, 0)
+    for guest in others:
+        try:
+            found += _listed(control, sandbox, guest)[0]
+        except Failure as exc:  # that guest has just ended
+            if exc.kind != ErrorKind.NOT_FOUND:
+                raise
+    return sorted(found, key=lambda item: item["started"] or 0.0)
+
+
+def _listed(control: Control, sandbox: str, guest: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """The processes of one guest, and which other guests there are; `guest` as of `Channel`. Raises Failure."""
     session = ClientSession()
     session.open([("kind", b"list"), ("linger", b"%d" % LIST_LINGER)])
-    channel = Channel(control, sandbox, session, wake=False, linger=LIST_LINGER)
+    channel = Channel(control, sandbox, session, wake=False, linger=LIST_LINGER, guest=guest)
     found: list[dict[str, Any]] = []
     try:
         for event in channel.events():
@@ -96,7 +108,7 @@ def sessions(control: Control, sandbox: str) -> list[dict[str, Any]]:
                 break
     finally:
         channel.close()
-    return sorted(found, key=lambda item: item["started"] or 0.0)
+    return found, channel.others
 
 
 def _item(fields: dict[str, bytes]) -> dict[str, Any]:

@@ -261,7 +261,7 @@ def caller_headers(profile: str | None = None, environ: Mapping[str, str] | None
 OP_CONNECT = "connect"  # {port}: afterwards the bytes of that TCP connection
 OP_SSH = "ssh"  # {}: the same to the sandbox's sshd, which is started if need be
 OP_FORWARD = "forward"  # {remote_port, local_port, address}: listens for as long as the connection lives; JSON events follow
-OP_GUEST = "guest"  # {session, mode, received, wake}: a session with the sandbox's guest; its frames follow (docs/guest-protocol.md)
+OP_GUEST = "guest"  # {session, mode, received, guest}: a session with the sandbox's guest; frames follow (docs/guest-protocol.md)
 OP_EXEC = "exec"  # {command | argv, env, cwd, shell, timeout, pty, cols, rows, close_stdin}: frames follow, both ways
 
 # Optional fields of ssh, and (wake) of everything that connects.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from gatewayd import api
 from gatewayd.api import ErrorKind
@@ -23,18 +24,24 @@ async def serve_guest(
 ) -> None:
     """Connect as the request says, tell the guest's answer, relay the frames of docs/guest-protocol.md.
 
+    The answer's `others` are ports of guests of other versions; a request whose `guest` is one of them goes to that one alone.
+
     Raises:
         GatewayError: nothing was answered yet.
     """
     session_id = _session_id(request.text("session"))
     mode = request.whole("mode", wire.Mode.OPEN, most=wire.Mode.ATTACH)
     received = request.whole("received", 0)
+    port = request.whole("guest", 0, most=65535)
     with CancelOnHangup(client.sock):
         remote, answer = await guests.connect(
-            account, sandbox, session_id=session_id, mode=mode, received=received, wake=wake, notice=notice
+            account, sandbox, session_id=session_id, mode=mode, received=received, wake=wake, notice=notice, port=port
         )
     try:
-        reply = {"status": answer.status, "received": answer.received, "base": answer.base, "credit": answer.credit}
+        reply: dict[str, Any] = {"status": answer.status, "received": answer.received}
+        reply |= {"base": answer.base, "credit": answer.credit}
+        if others := guests.others(account, sandbox):
+            reply["others"] = others
         await client.send({"ok": reply})
     except BaseException:
         remote.abort()

@@ -3,8 +3,9 @@
 This one file is put into the sandbox and started there. It needs Linux, Python 3.6, and of the standard library no more than
 Debian's ``python3-minimal`` has; hence the numbers of ioctls, the quoted annotations and the few imports.
 
-    guest.py start    start the guest, or find the one that runs; print where it listens
-    guest.py sftp     serve SFTP version 3 on standard input and output
+    guest.py start           start the guest, or find the one that runs; print where it listens
+    guest.py start others    likewise; print as well where guests of other versions of this file listen
+    guest.py sftp            serve SFTP version 3 on standard input and output
 
 One process and one thread: everything but SFTP is non-blocking in one epoll loop. A client that knows the token is trusted, and
 held to every limit all the same. From top to bottom: fields and accounts, the loop, connections (`Link`), the numbered frames of
@@ -61,7 +62,7 @@ STREAMS = {OUTPUT: 1, ERROUT: 2}  # type of frame → stream
 
 MAX_PAYLOAD = 262144  # bytes
 INPUT_WINDOW = 262144  # bytes of input before the first CREDIT
-DEFAULT_WINDOW, MAX_WINDOW = 1048576, 16777216  # bytes of output of each stream before the first GRANT
+DEFAULT_WINDOW, MAX_WINDOW = 1048576, 16777216  # bytes of output of each stream before the first GRANT; of input once opened
 DEFAULT_LINGER, MAX_LINGER = 300, 604800  # seconds
 ACK_BYTES, ACK_SECONDS = 65536, 0.5  # when received bytes are acknowledged at the latest
 CONTROL_LIMIT = 8388608  # cost of kept frames beyond all output, at which a client that acknowledges nothing has failed
@@ -76,6 +77,8 @@ DRAIN_SECONDS = 0.1  # a terminal's last output is on its way that long after it
 CLOSE_SECONDS = 5.0  # for a client to take the last frames
 IDLE_SECONDS = 3600.0
 START_SECONDS = 15.0  # for another `start` to be done
+ANSWER_SECONDS, OTHER_SECONDS = 5.0, 1.0  # for a guest of this file, and for one of another version, to answer `start`
+MAX_OTHERS, OTHERS_TRIED = 4, 8  # guests of other versions that are told of, and that are asked
 
 BASE_PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOT_INHERITED = {b"_", b"PWD", b"OLDPWD", b"SHLVL", b"TERM", b"LINES", b"COLUMNS"}  # of whoever started the guest
@@ -622,6 +625,8 @@ class Session:
         if state:
             self.states[state] = (kind, payload)
         self.append(kind, payload)
+        if kind == OPENED:
+            self.widen()
         if kind != ERROR and self.cost > self.limit() + CONTROL_LIMIT:
             self.violated("nothing is acknowledged")
 
@@ -685,6 +690,13 @@ class Session:
 
     def output_ended(self, stream: int) -> None:
         self.emit(OUTPUT_EOF, bytes([stream]), state=b"end%d" % stream)
+
+    def widen(self) -> None:
+        """From now on the client may send as much at a time as it takes itself."""
+        more = self.window - INPUT_WINDOW
+        if more > 0:
+            self.input_credit += more
+            self.emit(CREDIT, CREDIT_SIZE.pack(more))
 
     def input_taken(self, size: int) -> None:
         """Input was consumed: grant more, in amounts that are worth a frame."""
@@ -1812,6 +1824,7 @@ class Listener(Work):
         accepted.configure(self.session.window, self.session.linger, self.session.drop, self.session.name)
         peer = self.peer(sock, address)
         accepted.work = AcceptedConnection(accepted, sock, peer, self)
+        accepted.widen()
         self.guest.sessions[accepted.id] = accepted
         self.session.emit(ACCEPTED, pack([("id", accepted.id.hex()), ("peer", peer)]))
         self.pump()
@@ -2642,24 +2655,37 @@ class Failure(Exception):
     """Why `start` did not succeed."""
 
 
+def state_parents() -> "list[str]":
+    """Folders in which a guest may keep its own."""
+    return ["/tmp", "/var/tmp", "/dev/shm", os.path.expanduser("~")]  # noqa: S108  # `private` checks
+
+
+def private(path: str) -> bool:
+    """Whether this is a folder that nobody else may enter. Raises OSError."""
+    found = os.lstat(path)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
+def state_prefix() -> str:
+    """What the names of this user's folders begin with."""
+    return ".gatewayd-guest-%d-" % os.geteuid()
+
+
 def state_folder() -> str:
     """A folder of this file's content and this user, which nobody else may enter. Raises Failure."""
     import hashlib  # not needed once the guest runs
 
     with open(os.path.abspath(__file__), "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()[:16]
-    uid = os.geteuid()
-    name = ".gatewayd-guest-%d-%s" % (uid, digest)
+        name = state_prefix() + hashlib.sha256(file.read()).hexdigest()[:16]
     reasons = []
-    for parent in ("/tmp", "/var/tmp", "/dev/shm", os.path.expanduser("~")):  # noqa: S108  # checked below
+    for parent in state_parents():
         path = os.path.join(parent, name)
         try:
             try:
                 os.mkdir(path, 0o700)
             except FileExistsError:
                 pass
-            found = os.lstat(path)
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o077:
+            if private(path):
                 return path
             reasons.append("%s is somebody else's" % path)  # who cannot be waited for, nor trusted
         except OSError as error:
@@ -2680,14 +2706,19 @@ def lock(path: str) -> "int | None":
     return fd
 
 
-def answers(host: str, port: int, token: bytes) -> bool:
-    """Whether a guest with that token is there: it knows no session of a random id."""
-    try:
-        with socket.create_connection((host, port), timeout=5.0) as sock:
-            sock.sendall(PREFACE.pack(MAGIC, token, os.urandom(16), 1, 0))
-            return sock.recv(1) == b"\1"
-    except OSError:
-        return False
+def recorded(folder: str, seconds: float) -> str:
+    """Port, token and process id of the guest of that folder, which answers. Raises OSError and ValueError when none does."""
+    fd = os.open(os.path.join(folder, "state"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(fd) as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise ValueError("somebody else's")
+        host, port, token, pid = file.read(1024).split()
+    with socket.create_connection((host, int(port)), timeout=seconds) as sock:
+        sock.sendall(PREFACE.pack(MAGIC, bytes.fromhex(token), os.urandom(16), 1, 0))
+        if sock.recv(1) != b"\1":  # it knows no session of a random id
+            raise ValueError("no guest")
+    return "%d %s %d" % (int(port), token, int(pid))
 
 
 def running(folder: str, deadline: float) -> "str | None":
@@ -2698,10 +2729,7 @@ def running(folder: str, deadline: float) -> "str | None":
             os.close(alive)
             return None
         try:
-            with open(os.path.join(folder, "state")) as file:
-                host, port, token, pid = file.read().split()
-            if answers(host, int(port), bytes.fromhex(token)):
-                return "GATEWAYD-GUEST 1 %s %s %s" % (port, token, pid)
+            return "GATEWAYD-GUEST 1 " + recorded(folder, ANSWER_SECONDS)
         except (OSError, ValueError):  # just starting, or just ending
             pass
         if time.monotonic() > deadline:
@@ -2709,9 +2737,32 @@ def running(folder: str, deadline: float) -> "str | None":
         time.sleep(0.05)
 
 
-def start() -> str:
+def others(folder: str) -> "list[str]":
+    """A line for each guest of this user beside that of `folder`, the latest first: sessions live on in them."""
+    found = set()
+    for parent in state_parents():
+        try:
+            names = os.listdir(parent)
+        except OSError:
+            continue
+        for name in names:
+            path = os.path.join(parent, name)
+            try:
+                if name.startswith(state_prefix()) and path != folder and private(path):
+                    found.add((os.lstat(os.path.join(path, "state")).st_mtime, path))
+            except OSError:  # no guest lives there
+                pass
+    lines = []  # type: list[str]
+    for _, path in sorted(found, reverse=True)[:OTHERS_TRIED]:
+        try:
+            lines.append("GATEWAYD-OTHER 1 " + recorded(path, OTHER_SECONDS))
+        except (OSError, ValueError):  # it was killed, or speaks another version of the protocol
+            pass
+    return lines[:MAX_OTHERS]
+
+
+def start(folder: str) -> str:
     """Find the guest, or start one; the line to print. Raises Failure and OSError."""
-    folder = state_folder()
     deadline = time.monotonic() + START_SECONDS
     while True:
         starting = lock(os.path.join(folder, "lock"))  # held while somebody looks and starts
@@ -2720,9 +2771,14 @@ def start() -> str:
         if time.monotonic() > deadline:
             raise Failure("another start does not end")
         time.sleep(0.02)
-    line = running(folder, deadline)
-    if line is not None:
-        return line
+    try:
+        return running(folder, deadline) or launch(folder)
+    finally:
+        os.close(starting)
+
+
+def launch(folder: str) -> str:
+    """Start a guest; its line. Raises Failure and OSError."""
     sock = None
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
@@ -2818,15 +2874,18 @@ def main(args: "list[str]") -> int:
     if args == ["sftp"]:
         os.umask(0o022)
         return SftpServer(0, 1).serve()
-    if args != ["start"]:
-        sys.stderr.write("usage: guest.py start | sftp\n")
+    if args not in (["start"], ["start", "others"]):
+        sys.stderr.write("usage: guest.py start [others] | sftp\n")
         return 2
     try:
-        line = start()
+        folder = state_folder()
+        lines = [start(folder)]
+        if args[1:]:
+            lines += others(folder)
     except (Failure, OSError) as error:
         sys.stderr.write("cannot start the guest: %s\n" % error)
         return 1
-    sys.stdout.write(line + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
     return 0
 

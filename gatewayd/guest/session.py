@@ -36,12 +36,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-UNACKNOWLEDGED_MAX = 1 << 20  # bytes kept for a guest that acknowledges nothing: four times the input window
+UNACKNOWLEDGED_SPARE = 1 << 20  # bytes kept beyond twice the input window for a guest that acknowledges nothing
+INPUT_MERGED = 4096  # bytes up to which input that waits for a connection becomes one frame
 _RESIZE = struct.Struct(">HHHH")
 _GRANT = struct.Struct(">BI")
 _COUNT = struct.Struct(">Q")
 _CREDIT = struct.Struct(">I")
-_RESIZE_FRAME = wire.HEADER_SIZE + _RESIZE.size
+_INPUT_TYPE = bytes((Kind.INPUT,))
 
 
 class GuestRefused(Exception):
@@ -73,7 +74,9 @@ class ClientSession:
     """One session of the guest, seen from outside."""
 
     def __init__(self, *, session_id: bytes | None = None, window: int = wire.WINDOW) -> None:
-        """`window`: bytes of output of each stream the guest may send ahead of `grant`, 1 to 16 MiB."""
+        """`window`: bytes of output of each stream the guest may send ahead of `grant`, and the most bytes of input that may
+        be under way (which are 256 KiB at least); 1 to 16 MiB.
+        """
         if not 0 < window <= wire.WINDOW_MAX:
             raise ValueError(f"a window of {window} bytes")
         self.id = os.urandom(wire.ID_SIZE) if session_id is None else session_id  # 16 bytes
@@ -87,6 +90,8 @@ class ClientSession:
         self.input_stopped = False  # INPUT_STOP has come
         self.closed = False  # close was called
         self._window = window
+        self._input_window = max(window, wire.INPUT_WINDOW)  # the credit is never above that
+        self._unacknowledged_max = 2 * self._input_window + UNACKNOWLEDGED_SPARE  # bytes; more is a guest's failure
         self._streams = {wire.STDOUT: _Stream(window, window // 4), wire.STDERR: _Stream(window, window // 4)}
         self._decoder = wire.FrameDecoder()
         self._unacked: deque[bytes] = deque()  # numbered frames, the oldest first; `_handed` of them are under way
@@ -136,7 +141,7 @@ class ClientSession:
         if self.mode == Mode.ATTACH:
             self._first = self._sent = answer.received
             self.received = answer.base
-            if answer.credit > wire.INPUT_WINDOW:
+            if answer.credit > self._input_window:
                 raise GuestProtocolError(f"the guest grants {answer.credit} bytes of input at once")
             self.input_credit = answer.credit - sum(len(f) - wire.HEADER_SIZE for f in self._unacked if f[0] == Kind.INPUT)
         elif answer.base != self.received:
@@ -212,9 +217,14 @@ class ClientSession:
         if self.input_stopped or self.ended or self.closed:
             return len(data)
         size = min(len(data), max(0, self.input_credit))
-        if size:
-            self._queue(Kind.INPUT, bytes(data[:size]) if size < len(data) else bytes(data))
-            self.input_credit -= size
+        self.input_credit -= size
+        last = self._unacked[-1] if self._fresh() else b""
+        if size and last.startswith(_INPUT_TYPE) and len(last) + size <= INPUT_MERGED:
+            self._unacked[-1] = wire.encode_frame(Kind.INPUT, last[wire.HEADER_SIZE :] + data[:size])
+            self._size += size
+        else:
+            for pos in range(0, size, wire.PAYLOAD_MAX):
+                self._queue(Kind.INPUT, bytes(data[pos : min(pos + wire.PAYLOAD_MAX, size)]))
         return size
 
     def input_eof(self) -> None:
@@ -239,8 +249,7 @@ class ClientSession:
     def resize(self, columns: int, rows: int, xpixel: int = 0, ypixel: int = 0) -> None:
         """The terminal's new size; sizes above 65,535 are cut. Of several that were not sent yet only the last one counts."""
         payload = _RESIZE.pack(*(min(max(size, 0), 0xFFFF) for size in (columns, rows, xpixel, ypixel)))
-        fresh = len(self._unacked) > self._handed and self._first + self._size - _RESIZE_FRAME >= self._sent
-        if fresh and self._unacked[-1][0] == Kind.RESIZE:
+        if self._fresh() and self._unacked[-1][0] == Kind.RESIZE:
             self._unacked[-1] = wire.encode_frame(Kind.RESIZE, payload)
         else:
             self._queue(Kind.RESIZE, payload)
@@ -258,10 +267,14 @@ class ClientSession:
             self._queue(Kind.CLOSE)
             self.closed = True
 
+    def _fresh(self) -> bool:
+        """Whether there is a last frame that no connection has ever been given: it may still be changed."""
+        return len(self._unacked) > self._handed and self._first + self._size - len(self._unacked[-1]) >= self._sent
+
     def _queue(self, kind: int, payload: bytes = b"") -> None:
         if self.ended or self.closed:
             return
-        if self._size > UNACKNOWLEDGED_MAX and kind in (Kind.SIGNAL, Kind.RESIZE):
+        if self._size > self._unacknowledged_max and kind in (Kind.SIGNAL, Kind.RESIZE):
             return  # nothing else bounds these two while there is no connection
         frame = wire.encode_frame(kind, payload)
         self._unacked.append(frame)
@@ -292,7 +305,7 @@ class ClientSession:
             self._ack_now = True
         elif due and self._ack_at is None:
             self._ack_at = now + wire.ACK_DELAY / 2
-        if self._size > UNACKNOWLEDGED_MAX:
+        if self._size > self._unacknowledged_max:
             raise GuestProtocolError(f"the guest acknowledged none of {self._size} bytes")
         return events
 
@@ -331,8 +344,8 @@ class ClientSession:
             raise GuestProtocolError(f"a credit of {len(payload)} bytes")
         (size,) = _CREDIT.unpack(payload)
         self.input_credit += size
-        if self.input_credit > wire.INPUT_WINDOW:
-            raise GuestProtocolError(f"a credit for {self.input_credit} bytes of input, the window is {wire.INPUT_WINDOW}")
+        if self.input_credit > self._input_window:
+            raise GuestProtocolError(f"a credit for {self.input_credit} bytes of input, the window is {self._input_window}")
         if size:
             events.append(Credit(size))
 

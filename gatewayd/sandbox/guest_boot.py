@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
 BOOT_TIMEOUT = 60.0  # seconds for everything
 RUN_TIMEOUT = 30  # seconds one run of the script may take
 PYTHONS = ("python3", *(f"python3.{minor}" for minor in range(20, 5, -1)), "python", "/usr/libexec/platform-python")
+OTHERS_MAX = 4  # guests of other versions that are heeded
 SHELL_MISSING = (126, 127)  # exit codes of a command that could not be run
 
 _STARTED = re.compile(r"GATEWAYD-GUEST 1 ([1-9][0-9]{0,4}) ([0-9a-f]{64}) ([1-9][0-9]{0,9})")
+_OTHER = re.compile(r"GATEWAYD-OTHER 1 ([1-9][0-9]{0,4}) ([0-9a-f]{64}) ([1-9][0-9]{0,9})")
 _UPLOAD = re.compile(r"GATEWAYD-UPLOAD (/[A-Za-z0-9_./ +@-]{1,500})")
 
 FIND_PYTHON = r"""
@@ -45,12 +47,13 @@ exit 0
 """
 
 # Read by any Python there is, also by 2.7. 93: another one may do. The folders must be this user's alone, since the file in
-# them is run; the name of the file says what is in it, and the content is checked each time.
+# them is run; the name of the file says what is in it, and the content is checked each time. An upload that broke off an hour
+# ago is not coming back.
 PREPARE = r"""
 import sys
 if sys.version_info < (3, 6):
     sys.exit(93)
-import hashlib, os, stat
+import hashlib, os, stat, time
 env = os.environ
 name, digest, uploaded = (env["GATEWAYD_" + key] for key in ("NAME", "SHA256", "UPLOADED"))
 for key in list(env):
@@ -75,6 +78,12 @@ def made(path):
         return private(path)
     except OSError:
         return False
+def tidy(place):
+    for entry in os.listdir(place):
+        path = os.path.join(place, entry)
+        unfinished = len(entry) == len(name) + 9 and entry.startswith("guest-") and entry[-12:-8] == ".py."
+        if unfinished and time.time() - os.lstat(path).st_mtime > 3600:
+            os.unlink(path)
 places = ["%s/.gatewayd-%d" % (place, os.getuid()) for place in ("/tmp", "/dev/shm", "/var/tmp")]
 if env.get("HOME", "").startswith("/"):
     places.insert(0, os.path.join(env["HOME"], ".cache/gatewayd"))
@@ -89,9 +98,13 @@ if uploaded:
         print("GATEWAYD-DAMAGED")
         sys.exit(0)
 for place in filter(private, places):
+    try:
+        tidy(place)
+    except OSError:
+        pass
     file = os.path.join(place, name)
     if whole(file):
-        os.execv(sys.executable, [sys.executable, "-I", "-S", file, "start"])
+        os.execv(sys.executable, [sys.executable, "-I", "-S", file, "start", "others"])
 for place in filter(made, places):
     print("GATEWAYD-UPLOAD %s/%s.%s" % (place, name, os.urandom(4).hex()))
     sys.exit(0)
@@ -106,6 +119,7 @@ class GuestAddress:
     port: int  # on the sandbox's loopback
     token: bytes = field(repr=False)  # 32 bytes
     pid: int
+    others: tuple[GuestAddress, ...] = ()  # guests of other versions, which may have sessions of an earlier gateway
 
 
 @functools.cache
@@ -137,7 +151,8 @@ async def _boot(account: Account, directory: Directory, sandbox: str, what: str,
         place, answer = await _execute(account, directory, sandbox, what, uploaded)
         for line in answer:
             if match := _STARTED.fullmatch(line):
-                return GuestAddress(_port(int(match[1]), what), bytes.fromhex(match[2]), int(match[3]))
+                others = [_address(found, what) for each in answer if (found := _OTHER.fullmatch(each))]
+                return _address(match, what, tuple(others[:OTHERS_MAX]))
             if line == "GATEWAYD-NO-PYTHON":
                 raise GatewayError(
                     f"sandbox {sandbox!r} has no Python 3.6 or newer, which the gateway's guest needs",
@@ -163,10 +178,11 @@ async def _boot(account: Account, directory: Directory, sandbox: str, what: str,
     raise GatewayError(f"cannot {what}: {cause}", kind=ErrorKind.FAILED, hint="its disk may be full")
 
 
-def _port(number: int, what: str) -> int:
-    if number > 65535:
-        raise GatewayError(f"cannot {what}: it says port {number}", kind=ErrorKind.FAILED)
-    return number
+def _address(match: re.Match[str], what: str, others: tuple[GuestAddress, ...] = ()) -> GuestAddress:
+    port = int(match[1])
+    if port > 65535:
+        raise GatewayError(f"cannot {what}: it says port {port}", kind=ErrorKind.FAILED)
+    return GuestAddress(port, bytes.fromhex(match[2]), int(match[3]), others)
 
 
 async def _execute(

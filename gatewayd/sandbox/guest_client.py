@@ -112,8 +112,19 @@ class Guests:
         return await self._listen(account, sandbox, fields, f"listen on {path or 'a Unix socket'}", on_stream)
 
     async def sessions(self, account: Account, sandbox: str, *, wake: bool = True) -> list[GuestItem]:
-        """What the guest carries at the moment. Raises GatewayError."""
-        session = self._new(account, sandbox, [("kind", b"list")], "list sessions", ())
+        """What the guest carries at the moment, and guests of other versions do. Raises GatewayError."""
+        found = await self._list(account, sandbox, 0, wake=wake)
+        for port in self._host(account, sandbox).others:
+            try:
+                found += await self._list(account, sandbox, port, wake=False)
+            except GatewayError as exc:  # that guest has just ended
+                if exc.kind != ErrorKind.NOT_FOUND:
+                    raise
+        return found
+
+    async def _list(self, account: Account, sandbox: str, port: int, *, wake: bool) -> list[GuestItem]:
+        """The sessions of one guest; `port` as in `GuestHost.connect`."""
+        session = self._new(account, sandbox, [("kind", b"list")], "list sessions", (), port=port)
         items: list[dict[str, bytes]] = []
 
         def add(item: Item) -> None:
@@ -143,9 +154,18 @@ class Guests:
         received: int,
         wake: bool,
         notice: Notice | None = None,
+        port: int = 0,
     ) -> tuple[ByteStream, Answer]:
-        """A connection behind preface and answer, for a client that keeps the session's numbers itself. Raises GatewayError."""
-        return await self._host(account, sandbox).connect(session_id, mode, received, notice, wake=wake)
+        """A connection behind preface and answer, for a client that keeps the session's numbers itself.
+
+        `port`: one of `others`, to ask that guest alone. Raises GatewayError.
+        """
+        return await self._host(account, sandbox).connect(session_id, mode, received, notice, wake=wake, port=port)
+
+    def others(self, account: Account, sandbox: str) -> list[int]:
+        """Ports of guests of other versions there, as far as that is known."""
+        host = self._hosts.get((account.key, sandbox))
+        return host.others if host is not None else []
 
     def carrier(self, account: Account, sandbox: str) -> str:
         """What carries sessions there: "guest", "text" (an image without Python), or "" while that is not known."""
@@ -155,7 +175,7 @@ class Guests:
     async def aclose(self) -> None:
         """End every session, telling the guests so; idempotent."""
         self._closed = True
-        await asyncio.gather(*(session.aclose() for session in list(self._sessions)))
+        await asyncio.gather(*(session.settle() for session in list(self._sessions)))
         await self._tasks.aclose()
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -179,11 +199,11 @@ class Guests:
         what: str,
         streams: tuple[int, ...],
         linger: int = wire.LINGER,
+        port: int = 0,
     ) -> GuestSession:
-        core = _core(fields, what)
-        session = GuestSession(
-            self._host(account, sandbox), core, self._tasks, what=f"{what} in sandbox {sandbox!r}", streams=streams, linger=linger
-        )
+        host, core = self._host(account, sandbox), _core(fields, what)
+        what = f"{what} in sandbox {sandbox!r}"
+        session = GuestSession(host, core, self._tasks, what=what, streams=streams, linger=linger, port=port)
         return self._kept(session)
 
     def _kept(self, session: GuestSession) -> GuestSession:

@@ -1,4 +1,7 @@
-"""The guest of one sandbox: where it listens, booted once for everybody who wants it, and connections to it."""
+"""The guest of one sandbox: where it listens, booted once for everybody who wants it, and connections to it.
+
+Beside it there may be guests of other versions, in which sessions live on that an earlier gateway has opened.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from gatewayd.api import ErrorKind
 from gatewayd.errors import DialRefused, GatewayError, MuxClosed, StreamReset
 from gatewayd.guest import wire
 from gatewayd.guest.session import ClientSession
-from gatewayd.guest.wire import Answer
+from gatewayd.guest.wire import Answer, Mode, Status
 from gatewayd.sandbox.accounts import Account
 from gatewayd.sandbox.boxes import Directory, Notice
 from gatewayd.sandbox.guest_boot import GuestAddress, boot
@@ -21,6 +24,7 @@ from gatewayd.yamux.aio import MuxStream
 log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT = 20.0  # seconds for the guest's answer to a preface
+OTHERS_MEMORY = 5.0  # seconds in which it is not asked again which other guests there are
 UNSUPPORTED_MEMORY = 10.0  # seconds in which an image without Python is not asked again
 
 
@@ -34,6 +38,8 @@ class GuestHost:
         self._directory = directory
         self._pool = pool
         self._address: GuestAddress | None = None  # as of the last boot; may be out of date
+        self._others: list[GuestAddress] = []  # guests of other versions, as of the last boot; may be out of date
+        self._booted_at = 0.0  # monotonic time of the last boot
         self._booting: SingleFlight[GuestAddress] = SingleFlight(owner, f"boot {sandbox}")
         self._notices: set[Notice] = set()  # of those who wait for the boot
         self._unsupported: GatewayError | None = None  # why there is no guest in this image
@@ -45,6 +51,11 @@ class GuestHost:
         if self._address is not None:
             return "guest"
         return "text" if self._unsupported is not None else ""
+
+    @property
+    def others(self) -> list[int]:
+        """The ports of the guests of other versions."""
+        return [address.port for address in self._others]
 
     async def address(self, notice: Notice | None = None, *, wake: bool = True) -> GuestAddress:
         """Where the guest listens; it is started when that is not known. Raises GatewayError."""
@@ -67,16 +78,64 @@ class GuestHost:
                 self._notices.discard(notice)
 
     async def connect(
-        self, session_id: bytes, mode: int, received: int, notice: Notice | None = None, *, wake: bool = True
+        self, session_id: bytes, mode: int, received: int, notice: Notice | None = None, *, wake: bool = True, port: int = 0
     ) -> tuple[MuxStream, Answer]:
         """A connection on which the preface and its answer have been exchanged; what follows are frames.
 
-        A guest that is not where it was is started again, once.
+        A guest that is not where it was is started again, once. A session that it does not know is looked for in the others.
+
+        Args:
+            port: one of `others`, to ask that guest alone.
 
         Raises:
-            GatewayError: kind unavailable or timeout when trying again may help.
+            GatewayError: kind unavailable or timeout when trying again may help; not_found when nobody is on that port.
         """
         self.used = time.monotonic()
+        if port:
+            found = await self._connect_other({port}, session_id, mode, received, notice, wake)
+            if found is None:
+                raise GatewayError(f"sandbox {self.sandbox!r} has no other guest on port {port}", kind=ErrorKind.NOT_FOUND)
+            return found
+        stream, answer = await self._connect_own(session_id, mode, received, notice, wake)
+        if answer.status == Status.NO_SESSION and mode != Mode.OPEN:
+            found = await self._look_elsewhere(session_id, mode, received, notice, wake)
+            if found is not None:
+                stream.abort()
+                return found
+        return stream, answer
+
+    async def _look_elsewhere(
+        self, session_id: bytes, mode: int, received: int, notice: Notice | None, wake: bool
+    ) -> tuple[MuxStream, Answer] | None:
+        """A connection to a session of a guest of another version, None when no guest knows it. Raises GatewayError."""
+        asked = set(self.others)
+        found = await self._connect_other(asked, session_id, mode, received, notice, wake)
+        if found is None and time.monotonic() - self._booted_at > OTHERS_MEMORY:
+            self._address = None
+            await self.address(notice, wake=wake)
+            found = await self._connect_other(set(self.others) - asked, session_id, mode, received, notice, wake)
+        return found
+
+    async def _connect_other(
+        self, ports: set[int], session_id: bytes, mode: int, received: int, notice: Notice | None, wake: bool
+    ) -> tuple[MuxStream, Answer] | None:
+        """As `connect`, by the first guest of another version on one of `ports` that knows the session (or opens it)."""
+        for address in [each for each in self._others if each.port in ports]:
+            try:
+                stream, answer = await self._connect(address, session_id, mode, received, notice, wake)
+            except _NotTheGuest as exc:
+                log.info("the other guest of %s on port %d has ended: %s", self.sandbox, address.port, exc)
+                self._others = [each for each in self._others if each is not address]
+                continue
+            if answer.status != Status.NO_SESSION:
+                return stream, answer
+            stream.abort()
+        return None
+
+    async def _connect_own(
+        self, session_id: bytes, mode: int, received: int, notice: Notice | None, wake: bool
+    ) -> tuple[MuxStream, Answer]:
+        """As `connect`, by the guest of this gateway's own version."""
         fresh = self._address is None
         address = await self.address(notice, wake=wake)
         for last in (fresh, True):
@@ -93,14 +152,16 @@ class GuestHost:
                 address = await self.address(notice, wake=wake)
         raise AssertionError("the loop above returns or raises")
 
-    async def resume(self, core: ClientSession, notice: Notice | None = None, *, wake: bool = False) -> MuxStream:
-        """Connect a session, anew or for the first time.
+    async def resume(
+        self, core: ClientSession, notice: Notice | None = None, *, wake: bool = False, port: int = 0
+    ) -> MuxStream:
+        """Connect a session, anew or for the first time; `port` as in `connect`.
 
         Raises:
             GuestRefused, GuestProtocolError: as `ClientSession.connected`.
             GatewayError: as `connect`.
         """
-        stream, answer = await self.connect(core.id, core.mode, core.received, notice, wake=wake)
+        stream, answer = await self.connect(core.id, core.mode, core.received, notice, wake=wake, port=port)
         try:
             core.connected(answer)
         except BaseException:
@@ -120,7 +181,8 @@ class GuestHost:
                 self._unsupported, self._unsupported_at = exc, time.monotonic()
             raise
         log.info("guest of %s listens on port %d (pid %d)", self.sandbox, address.port, address.pid)
-        self._address, self._unsupported = address, None
+        self._address, self._others, self._unsupported = address, list(address.others), None
+        self._booted_at = time.monotonic()
         return address
 
     async def _connect(

@@ -38,7 +38,7 @@ OPEN_TIMEOUT = 120.0  # seconds for a session to begin, boot and all
 FIRST_TRIES = 3  # connections for a new session
 BACKOFF_BASE, BACKOFF_MAX = 0.2, 3.0  # seconds between connections that fail
 CLOSE_WAIT = 2.0  # seconds `aclose` waits for the guest to know
-CLOSE_LINGER = 30.0  # seconds in which a broken connection is replaced to tell it
+CLOSE_LINGER = 30.0  # seconds in which a broken connection is replaced to tell it, and when a program's end has been told
 READ = 262_144  # bytes asked of the connection at once
 RETRIED = (ErrorKind.UNAVAILABLE, ErrorKind.TIMEOUT, ErrorKind.REFUSED)  # of a reconnection: it may help
 
@@ -69,8 +69,12 @@ class GuestSession:
         streams: Sequence[int],
         linger: float = wire.LINGER,
         connection: bool = False,
+        port: int = 0,
     ) -> None:
-        """`what` completes «cannot …: »; `streams`: those that carry output; `connection`: it ends with both directions."""
+        """`what` completes «cannot …: »; `streams`: those that carry output; `connection`: it ends with both directions.
+
+        `port`: as in `GuestHost.connect`.
+        """
         self.pid = 0
         self.fields: dict[str, bytes] = {}  # of OPENED
         self.input_stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -83,6 +87,7 @@ class GuestSession:
         self._what = what
         self._linger = linger  # seconds the guest keeps the session without a connection
         self._connection = connection  # no EXIT comes
+        self._port = port  # of the guest asked alone; 0: of any
         self._runner: asyncio.Task[None] | None = None  # receives; set by start
         self._loop = asyncio.get_running_loop()
         self._buffers = {stream: _Buffer() for stream in streams}
@@ -94,7 +99,7 @@ class GuestSession:
         self._wake = asyncio.Event()  # something for the sender
         self._timer: asyncio.TimerHandle | None = None  # for the next delayed acknowledgement
         self._closing = False  # aclose was called: nothing is handed out any more
-        self._sending = False  # a frame is being written
+        self._sent_all = asyncio.Event()  # the sender has written all that there was, or cannot
         self._last_call: asyncio.TimerHandle | None = None  # ends what takes too long to finish
 
     # -- beginning ----------------------------------------------------------------------------------------------------
@@ -204,6 +209,12 @@ class GuestSession:
     async def aclose(self) -> None:
         """As in `Session`; the guest is told in the background when that takes longer than `CLOSE_WAIT`."""
         self._abandon()
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Close it unless that was done, and wait for the guest to know all, at most `CLOSE_WAIT`."""
+        if not self._closing:
+            self._abandon()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_WAIT):
                 await self._over.wait()
@@ -212,6 +223,7 @@ class GuestSession:
         """CLOSE; does not wait."""
         self._core.close()
         self._finish()
+        self._wake.set()
 
     def _finish(self) -> None:
         """Hand nothing out any more, and end when the guest knows all there is to know."""
@@ -222,14 +234,14 @@ class GuestSession:
             self._core.stop_output(stream)  # nothing after CLOSE
             buffer.chunks.clear()
             buffer.ready.set()
+        self._core.acknowledge()  # a session whose work has ended waits for that alone
         self._room.set()
         self._wake.set()
-        nothing_runs = self._core.mode == Mode.OPEN  # OPEN has not been sent
         if self._runner is None:
             self._over.set()
-        elif nothing_runs or self._done:
+        elif self._core.mode == Mode.OPEN:  # which has not been sent: nothing runs
             self._runner.cancel()
-        else:
+        elif not self._runner.done():  # even if all has come: the guest may not know yet that it has
             self._last_call = self._loop.call_later(CLOSE_LINGER, self._runner.cancel)
 
     @property
@@ -238,6 +250,11 @@ class GuestSession:
         if not all(buffer.eof for buffer in self._buffers.values()):
             return False
         return self._core.input_ended if self._connection else self._exit.done() and self._error is None
+
+    @property
+    def _told(self) -> bool:
+        """Whether all of a program has come: a connection is only needed to tell the guest that the session may go."""
+        return self._complete and not self._connection
 
     @property
     def _done(self) -> bool:
@@ -259,11 +276,11 @@ class GuestSession:
             while not await self._carry(stream):
                 stream = await self._again()
         except GuestRefused as exc:
-            self._lose(self._refused(exc))
+            self._lose(self._refused(exc), only_exit=self._told)
         except GuestProtocolError as exc:
             self._lose(GatewayError(f"the guest in sandbox {self._host.sandbox!r} does not keep to its protocol: {exc}"))
         except GatewayError as exc:
-            self._lose(exc)
+            self._lose(exc, only_exit=self._told)
 
     def _ended(self, _: asyncio.Task[None]) -> None:
         """The last thing that happens, however it came."""
@@ -283,24 +300,25 @@ class GuestSession:
             return await self._again()
         for attempt in range(FIRST_TRIES - 1):
             try:
-                return await self._host.resume(self._core, notice, wake=wake)
+                return await self._host.resume(self._core, notice, wake=wake, port=self._port)
             except GatewayError as exc:
                 if exc.kind != ErrorKind.UNAVAILABLE or self._closing:
                     raise
                 log.info("%s; trying again", exc.message)
             await asyncio.sleep(backoff(attempt, BACKOFF_BASE, BACKOFF_MAX))
-        return await self._host.resume(self._core, notice, wake=wake)
+        return await self._host.resume(self._core, notice, wake=wake, port=self._port)
 
     async def _carry(self, stream: MuxStream) -> bool:
         """Receive until the connection breaks; whether the session is over."""
         sender = self._owner.start(self._send(stream), f"send {self._host.sandbox}")
         if self._core.opened:
             self._opened.set()
-        done = False
+        done = forgotten = False
         try:
             while not self._done:
                 data = await stream.read(READ)
                 if not data:
+                    forgotten = self._told and not self._closing  # it ends such a connection when it needs to be told no more
                     break
                 for event in self._core.receive(data, self._loop.time()):
                     self._on_event(event)
@@ -308,7 +326,7 @@ class GuestSession:
                 self._set_timer()
             done = self._done
             if done:
-                await self._last_word(stream)
+                await self._last_word()
         except (OSError, GatewayError) as exc:
             log.info("session in %s: %s", self._host.sandbox, exc)
         finally:
@@ -318,31 +336,31 @@ class GuestSession:
                 await stream.aclose()
             else:
                 stream.abort()
-        return done or (self._complete and not self._connection and not self._closing)  # else something is still to be told
+        return done or forgotten
 
-    async def _last_word(self, stream: MuxStream) -> None:
+    async def _last_word(self) -> None:
         """The guest keeps a session until it knows that we have all of it."""
         self._core.acknowledge()
-        if not self._sending and (frames := self._core.data_to_send()):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_WAIT):
-                    await stream.write(b"".join(frames))
+        self._sent_all.clear()
+        self._wake.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_WAIT):
+                await self._sent_all.wait()
 
     async def _send(self, stream: MuxStream) -> None:
         """Whatever is queued, whenever something is."""
-        self._sending = False
         try:
             while True:
                 frames = self._core.data_to_send()
                 if frames:
-                    self._sending = True
                     await stream.write(frames[0] if len(frames) == 1 else b"".join(frames))
-                    self._sending = False
                     continue
+                self._sent_all.set()
                 self._wake.clear()
                 await self._wake.wait()
         except (OSError, GatewayError):
             stream.abort()  # whoever receives learns of it
+            self._sent_all.set()
 
     async def _again(self) -> MuxStream:
         """The next connection: as soon as there can be one, and never by starting a stopped sandbox. Raises GatewayError."""
@@ -351,12 +369,12 @@ class GuestSession:
         attempt = 0
         while True:
             try:
-                stream = await self._host.resume(self._core)
+                stream = await self._host.resume(self._core, port=self._port)
             except GatewayError as exc:
                 if exc.kind not in RETRIED:
                     raise self._gone(exc) from exc
                 waited = self._loop.time() - began
-                if waited >= self._linger:
+                if waited >= (CLOSE_LINGER if self._told else self._linger):
                     raise GatewayError(
                         f"sandbox {sandbox!r} cannot be reached for {waited:.0f} s: the session is over",
                         kind=ErrorKind.UNAVAILABLE,

@@ -9,9 +9,12 @@ import socket
 import subprocess
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
+
+from tests.sdk.cutter import Cutter
 
 from .conftest import BIN, Gateway, Tunnel, listening, make, serve, wait_until
 
@@ -105,6 +108,37 @@ def test_stdio_is_a_proxy_command(gateway: Gateway, box: str) -> None:
     serve(gateway, box, 9006, ["socat", "-t30", "TCP-LISTEN:9006,fork,reuseaddr", "SYSTEM:rev"])
     done = gateway.sandbox("tunnel", box, "--remote-port", "9006", "--stdio", stdin="desserts\n")
     assert done.stdout == "stressed\n"
+
+
+def test_a_resumable_connection_outlives_the_link(gateway: Gateway, box: str) -> None:
+    serve(gateway, box, 9008, ["socat", "TCP-LISTEN:9008,fork,reuseaddr", "EXEC:cat"])
+    data = os.urandom(3_000_000)
+    config = gateway.root / "config.toml"
+    before = config.read_text()
+    with Cutter(urlsplit(gateway.service["endpoint"]).port or 0) as cutter:
+        key = gateway.state / "local" / "api-key"
+        profile = f'[profiles.cut]\nendpoint = "http://127.0.0.1:{cutter.port}"\napi_key_file = "{key}"\n'
+        config.write_text(f"{before}\n{profile}")
+        options = ("--resumable", "--profile", "cut")
+        with gateway.tunnel(box, 9008, *options) as tunnel, tunnel.connect() as sock, sock.makefile("rb") as file:
+            for word in (b"before\n", b"after\n", b"and again\n"):
+                sock.sendall(word)
+                assert file.readline() == word
+                cutter.cut()
+            cutter.after = 700_000
+
+            def send() -> None:
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+
+            sender = threading.Thread(target=send, daemon=True)
+            sender.start()
+            assert hashlib.sha256(file.read()).digest() == hashlib.sha256(data).digest()
+            sender.join(10)
+            cutter.after = 1 << 40
+            assert cutter.cuts >= 6
+        assert tunnel.complaints == []
+    config.write_text(before)
 
 
 def test_stop_and_start_keep_files_and_a_request_wakes(gateway: Gateway) -> None:

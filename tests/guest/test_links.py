@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from gatewayd.errors import GatewayError
+from gatewayd.guest import wire
 from gatewayd.sandbox import guest_session
 from gatewayd.sandbox.session import ExitStatus, ProcessSpec, Session
 from tests.guest.conftest import World
@@ -79,6 +80,23 @@ async def test_a_program_ends_while_nobody_is_connected(world: World) -> None:
         assert await read_all(session) == b"done\n"
         assert await session.wait() == ExitStatus(7)
     await session.aclose()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_the_guest_is_told_that_all_was_read(world: World, late: bool) -> None:
+    session = await run(world, command="echo done", name="to be forgotten")
+    async with asyncio.timeout(DEADLINE):
+        assert await read_all(session) == b"done\n"
+        assert await session.wait() == ExitStatus(0)
+        world.cutter.cut()
+        if late:
+            world.cutter.refusing = True
+            await asyncio.sleep(0.2)
+            world.cutter.refusing = False
+        await session.aclose()
+        assert await session.wait() == ExitStatus(0)
+        while any(item.name == "to be forgotten" for item in await world.guests.sessions(world.account, world.sandbox)):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
 
 async def test_many_sessions_share_the_new_link(world: World) -> None:
@@ -183,7 +201,11 @@ async def test_another_client_takes_over(world: World) -> None:
     assert answer.status == 0
     error = await lost(session)
     assert "taken over" in error.message
-    stream.abort()
+    await stream.write(wire.encode_frame(wire.Kind.CLOSE))
+    async with asyncio.timeout(DEADLINE):
+        while await stream.read():
+            pass
+    await stream.aclose()
 
 
 async def test_the_guest_is_stopped_for_a_while(world: World) -> None:

@@ -167,6 +167,7 @@ class Client:
         self.sent = 0  # numbered bytes queued
         self.buffer = bytearray()  # a frame that has not come whole
         self.credit = 262144
+        self.most = max(window, 262144)  # credit that may never be exceeded
         self.allowed = {1: window, 2: window}
         self.output = {1: bytearray(), 2: bytearray()}
         self.eof: set[int] = set()
@@ -195,6 +196,7 @@ class Client:
         if mode == 2:
             self.sent, self.received, self.credit = received, base, credit
             self.allowed = {1: 1 << 24, 2: 1 << 24}
+            self.most = 1 << 24  # the session's window is not known
         else:
             assert base == self.received
         self.unacked = [(start, frame) for start, frame in self.unacked if start + len(frame) > received]
@@ -286,7 +288,7 @@ class Client:
             self.eof.add(payload[0])
         elif kind == CREDIT:
             self.credit += struct.unpack(">I", payload)[0]
-            assert self.credit <= 262144
+            assert self.credit <= self.most
         elif kind == ACK:
             (count,) = struct.unpack(">Q", payload)
             assert count <= self.sent

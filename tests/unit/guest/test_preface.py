@@ -162,7 +162,7 @@ def test_a_giant_frame_ends_the_session(guest: Guest) -> None:
 
 
 def test_more_input_than_granted_ends_the_session(guest: Guest) -> None:
-    client = Client(guest).process("sleep", "100")
+    client = Client(guest, window=262144).process("sleep", "100")
     client.opened()
     client.input(bytes(2 * 262144))  # the pipe takes half of it
     assert client.credit == 0
@@ -293,3 +293,15 @@ def test_close_says_that_it_came(guest: Guest) -> None:
     with pytest.raises(ConnectionError):
         client.drain()
     assert client.unacked == []
+
+
+def test_the_window_is_also_that_of_input(guest: Guest) -> None:
+    client = Client(guest, window=3 << 20).process("sleep", "100")
+    client.opened()
+    client.wait_until(lambda: client.credit == 3 << 20)
+    client.input(bytes(3 << 20))  # without waiting for the process
+    client.wait_until(lambda: not client.unacked)
+    client.cut()
+    client.connect(2)
+    assert 0 <= client.credit <= 262144  # what the pipe has taken
+    client.close()

@@ -39,6 +39,39 @@ def test_another_content_is_another_guest(own_guest: Guest, tmp_path: Path) -> N
     other.stop()
 
 
+def others(guest: Guest) -> list[list[str]]:
+    """What the guest's `start others` tells of others: port, token, process id."""
+    done = subprocess.run([*guest.command, "start", "others"], capture_output=True, text=True, timeout=30, check=True)
+    first, *rest = done.stdout.splitlines()
+    assert first == guest.run_start().stdout.rstrip()
+    assert {line.split()[0] for line in rest} <= {"GATEWAYD-OTHER"}
+    return [line.split()[2:] for line in rest]
+
+
+def test_it_tells_of_guests_of_other_contents(own_guest: Guest, tmp_path: Path) -> None:
+    own_guest.start()
+    mine = [str(own_guest.port), own_guest.token.hex(), str(own_guest.pid)]
+    every = ("MAX_OTHERS, OTHERS_TRIED = 4, 8", "MAX_OTHERS, OTHERS_TRIED = 500, 500")  # as many as other tests may run
+    other = Guest(tmp_path, replace=every).start()
+    assert mine in others(other)
+    assert [str(other.port), other.token.hex(), str(other.pid)] in others(own_guest)
+    assert len(others(own_guest)) <= 4
+    state = own_guest.folder() / "state"
+    state.chmod(0o640)
+    assert mine not in others(other)
+    state.chmod(0o600)
+    own_guest.folder().chmod(0o750)
+    assert mine not in others(other)
+    own_guest.folder().chmod(0o700)
+    assert mine in others(other)
+    folder = own_guest.folder()
+    os.kill(own_guest.pid, signal.SIGKILL)
+    until(lambda: not own_guest.alive())
+    assert mine not in others(other)
+    shutil.rmtree(folder)
+    other.stop()
+
+
 def test_it_is_no_longer_its_starter_s(own_guest: Guest) -> None:
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)

@@ -91,6 +91,9 @@ class ModelGuest:
             self.full_window = int(dict(wire.decode_fields(payload))["window"])
             self.window = dict.fromkeys((1, 2), self.full_window)
             self.keep(Kind.OPENED, encode_fields([("pid", b"7")]))
+            if (more := self.full_window - wire.INPUT_WINDOW) > 0:
+                self.credit += more
+                self.keep(Kind.CREDIT, struct.pack(">I", more))
         elif kind == Kind.INPUT:
             self.credit -= len(payload)
             assert self.credit >= 0, "the client sent more than it was granted"

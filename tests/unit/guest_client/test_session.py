@@ -18,7 +18,7 @@ from gatewayd.guest.events import (
     Output,
     OutputEof,
 )
-from gatewayd.guest.session import UNACKNOWLEDGED_MAX, ClientSession, GuestRefused
+from gatewayd.guest.session import UNACKNOWLEDGED_SPARE, ClientSession, GuestRefused
 from gatewayd.guest.wire import Answer, GuestProtocolError, Kind, Mode, encode_fields, encode_frame
 
 
@@ -90,6 +90,32 @@ def test_input_is_taken_as_far_as_the_credit_goes() -> None:
     ]
     with pytest.raises(RuntimeError):
         session.send_input(b"x")
+
+
+def test_the_window_is_also_that_of_input() -> None:
+    session = running(window=1 << 20)
+    more = (1 << 20) - wire.INPUT_WINDOW
+    session.receive(encode_frame(Kind.CREDIT, struct.pack(">I", more)), 0.0)
+    assert session.send_input(bytes(2 << 20)) == 1 << 20
+    assert [len(payload) for kind, payload in frames(session) if kind == Kind.INPUT] == [wire.PAYLOAD_MAX] * 4
+    session.receive(encode_frame(Kind.CREDIT, struct.pack(">I", 1 << 20)), 0.0)
+    with pytest.raises(GuestProtocolError, match="the window is 1048576"):
+        session.receive(encode_frame(Kind.CREDIT, b"\0\0\0\1"), 0.0)
+
+
+def test_input_that_waits_becomes_few_frames() -> None:
+    session = running()
+    session.disconnected()
+    for _ in range(10_000):
+        assert session.send_input(b"k") == 1
+    session.resize(80, 24)
+    session.send_input(b"after")
+    session.connected(Answer(0, session._first, session.received, 0))
+    sent = frames(session)
+    assert b"".join(payload for kind, payload in sent if kind == Kind.INPUT) == b"k" * 10_000 + b"after"
+    assert [kind for kind, _ in sent] == [Kind.INPUT] * 3 + [Kind.RESIZE, Kind.INPUT]
+    assert session.unacknowledged == sum(wire.HEADER_SIZE + len(payload) for _, payload in sent)
+    assert session.input_credit == wire.INPUT_WINDOW - 10_005
 
 
 def test_input_that_nobody_reads_is_dropped() -> None:
@@ -210,15 +236,16 @@ def test_output_before_opened() -> None:
 
 def test_a_guest_that_acknowledges_nothing() -> None:
     session = running()
+    limit = 2 * wire.INPUT_WINDOW + UNACKNOWLEDGED_SPARE
     grant = encode_frame(Kind.CREDIT, struct.pack(">I", 200_000))
     session.send_input(bytes(200_000))
-    while session.unacknowledged <= UNACKNOWLEDGED_MAX:
+    while session.unacknowledged <= limit:
         session.receive(grant, 0.0)
         session.send_input(bytes(200_000))
         session.data_to_send()
     with pytest.raises(GuestProtocolError, match="acknowledged none of"):
         session.receive(grant, 0.0)
-    assert session.unacknowledged < UNACKNOWLEDGED_MAX + 300_000
+    assert session.unacknowledged < limit + 300_000
     size = session.unacknowledged
     for _ in range(100):
         session.signal("INT")
@@ -252,16 +279,17 @@ def test_much_output_is_acknowledged_at_once() -> None:
 def test_resuming_sends_again_what_did_not_arrive() -> None:
     session = running()
     first = session._first
-    session.send_input(b"one")
-    session.send_input(b"two")
-    session.data_to_send()
+    for word in (b"one", b"two"):
+        session.send_input(word)
+        session.data_to_send()
     session.receive(encode_frame(Kind.OUTPUT, b"abc")[:5], 0.0)
     session.disconnected()
     session.send_input(b"three")
     assert session.data_to_send() == []
     assert session.preface(bytes(32)) == wire.encode_preface(bytes(32), session.id, Mode.RESUME, session.received)
+    session.send_input(b"four")
     session.connected(Answer(0, first + 8, session.received, 0))
-    assert frames(session) == [(Kind.INPUT, b"two"), (Kind.INPUT, b"three")]
+    assert frames(session) == [(Kind.INPUT, b"two"), (Kind.INPUT, b"threefour")]
     assert session.receive(encode_frame(Kind.OUTPUT, b"abc"), 0.0) == [Output(1, b"abc")]
 
 
@@ -286,7 +314,7 @@ def test_attaching() -> None:
     session.disconnected()
     assert session.preface(bytes(32)) == wire.encode_preface(bytes(32), bytes(16), Mode.RESUME, 7000)
     with pytest.raises(GuestProtocolError, match="at once"):
-        ClientSession.attach(bytes(16)).connected(Answer(0, 0, 0, wire.INPUT_WINDOW + 1))
+        ClientSession.attach(bytes(16)).connected(Answer(0, 0, 0, wire.WINDOW_MAX + 1))
 
 
 def test_of_several_sizes_the_last_one_counts() -> None:

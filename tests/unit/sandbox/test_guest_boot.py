@@ -36,7 +36,7 @@ class Box:
         self.pids: list[int] = []
 
     def run(self, uploaded: str = "", **env: str) -> list[str]:
-        """The lines that it prints."""
+        """The lines that it prints, but for those about guests of other tests."""
         done = subprocess.run(
             ["/bin/sh", "-c", guest_boot.FIND_PYTHON],
             env={
@@ -54,7 +54,7 @@ class Box:
             check=True,
             timeout=30,
         )
-        lines = done.stdout.splitlines()
+        lines = [line for line in done.stdout.splitlines() if not line.startswith("GATEWAYD-OTHER ")]
         for line in lines:
             if line.startswith("GATEWAYD-GUEST 1 "):
                 self.pids.append(int(line.split()[-1]))
@@ -127,6 +127,19 @@ def test_folders_that_others_could_write_to_are_not_used(box: Box, damage: str) 
     shutil.rmtree(path.parent, ignore_errors=True)
 
 
+def test_uploads_that_broke_off_are_removed(box: Box) -> None:
+    folder = box.home / ".cache/gatewayd"
+    folder.mkdir(parents=True, mode=0o700)
+    long_ago, lately = folder / f"{NAME}.0123abcd", folder / f"guest-{'0' * 16}.py.89efabcd"
+    others = [folder / f"guest-{'0' * 16}.py", folder / "notes"]
+    for path in (long_ago, lately, *others):
+        path.write_bytes(b"x")
+        if path != lately:
+            os.utime(path, (0, 0))
+    box.run()
+    assert set(folder.iterdir()) == {lately, *others}
+
+
 def test_no_home(box: Box) -> None:
     (line,) = box.run(HOME="")
     path = Path(line.partition(" ")[2])
@@ -170,6 +183,16 @@ async def test_one_request_when_it_is_there(service: FakeService, account: Accou
     assert bodies[0]["env"]["GATEWAYD_SHA256"] == guest_file()[1]
 
 
+async def test_guests_of_other_versions(service: FakeService, account: Account) -> None:
+    service.add_box("x", dataplane_url=f"{service.endpoint}/dp/x")
+    other = "GATEWAYD-OTHER 1 {} {} 5"
+    lines = [LINE, *(other.format(5000 + number, "ab" * 32) for number in range(6)), other.format(1, "short")]
+    service.execute = lambda body: {"stdout": "\n".join(lines), "stderr": "", "exit_code": 0}
+    address = await boot(account, Directory(), "x")
+    assert address.port == 4711
+    assert [(each.port, each.token, each.pid) for each in address.others] == [(5000 + n, b"\xab" * 32, 5) for n in range(4)]
+
+
 @pytest.mark.parametrize(
     ("answer", "kind", "text"),
     [
@@ -180,6 +203,7 @@ async def test_one_request_when_it_is_there(service: FakeService, account: Accou
         ({"stdout": "", "exit_code": 0}, "failed", "it says 'nothing'"),
         ({"stdout": "hello\x1b[2J", "exit_code": 0}, "failed", r"it says 'hello \[2J'"),
         ({"stdout": LINE.replace("4711", "70000"), "exit_code": 0}, "failed", "it says port 70000"),
+        ({"stdout": f"{LINE}\nGATEWAYD-OTHER 1 65536 {'0f' * 32} 1", "exit_code": 0}, "failed", "it says port 65536"),
         ({"stdout": LINE.replace("4711", "0"), "exit_code": 0}, "failed", "it says 'GATEWAYD-GUEST"),
         ({"stdout": LINE.replace("0f", "0F"), "exit_code": 0}, "failed", "it says 'GATEWAYD-GUEST"),
         ({"stdout": "GATEWAYD-UPLOAD ../etc/passwd", "exit_code": 0}, "failed", "it says 'GATEWAYD-UPLOAD"),
