@@ -49,5 +49,5 @@ def test_opaque_values_are_kept_and_not_told(gateway: Gateway) -> None:
         "holder\n0\n/run/gatewayd/ca-bundle.pem\n"
     )
     gateway.sandbox("stop", box, "--wait")
-    refused = gateway.sandbox("update", box, "--proxy-config", "{}", code=1)
+    refused = gateway.sandbox("update", box, "--proxy-config", "{}", code=65)
     assert "can be changed while it is ready" in refused.stderr

@@ -1,7 +1,7 @@
 """A native runtime in a process of its own, told what to do line by line: so one suite judges it as root and as a plain user.
 
-Standard library and gatewayd.local.runtime only: the plain user's Python may have nothing else. One JSON object a line on stdin
-and one a line on stdout; text carries bytes as surrogate escapes.
+Standard library, gatewayd.local.runtime and what needs no more: the plain user's Python may have nothing else. One JSON object a
+line on stdin and one a line on stdout; text carries bytes as surrogate escapes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from gatewayd.local.egress.addresses import Reach
 from gatewayd.local.runtime.base import BoxSpec, PortRefused, RuntimeFailure, SpawnSpec
 from gatewayd.local.runtime.native import NativeRuntime
 from gatewayd.local.runtime.nativebox import NativeBox, NativeProcess
@@ -55,12 +56,13 @@ class Driver:
 
     def __init__(self, state: Path) -> None:
         self.runtime = NativeRuntime(state)
+        self._network = Reach().network()  # as the service has it; what is let out ends at sockets that nobody accepts on
         self.boxes: dict[str, NativeBox] = {}
         self.listeners: dict[str, NativeListener] = {}  # by path inside
         self._answering: set[asyncio.Task[None]] = set()  # connections to them
 
     async def start(self, box: str, **spec: Any) -> dict[str, Any]:
-        self.boxes[box] = started = await self.runtime.start(BoxSpec(id=box, hostname=box, **spec))
+        self.boxes[box] = started = await self.runtime.start(BoxSpec(id=box, hostname=box, network=self._network, **spec))
         return {"note": started.limits_note}
 
     async def _spawn(self, box: str, argv: list[str], options: dict[str, Any]) -> NativeProcess:
