@@ -79,6 +79,15 @@ class Cutter:
         """It has lasted long enough."""
         self._do(lambda: self._end(cut))
 
+    def heal(self) -> None:
+        """Reset what is half open: whoever still waits for an answer learns that there is none."""
+        self._do(self._heal)
+
+    def _heal(self) -> None:
+        for pair in list(self._pairs):
+            if pair.deaf:
+                pair.reset()
+
     @property
     def live(self) -> int:
         """WebSockets that carry something."""

@@ -81,6 +81,7 @@ def chaos(quick: World, works: list[Work], cuts: list[tuple[Cut, float]], rng: r
             hit = quick.cutter.strike(cut, seconds)
             print(f"{time.strftime('%T')} cut {number}: {cut.value} {seconds:.1f} s, {hit} links, {rounds}")
             works[0].over.wait(rng.uniform(0.05, 1.0))
+    quick.cutter.heal()
 
 
 @contextlib.contextmanager
@@ -140,6 +141,7 @@ def test_a_plain_forward_ends(quick: World, echo: str, cut: Cut) -> None:
             again.settimeout(DEADLINE)
             again.sendall(b"after")
             assert again.recv(5, socket.MSG_WAITALL) == b"after"
+    quick.cutter.heal()
 
 
 def test_a_plain_forward_outlasts_a_short_freeze(quick: World, echo: str) -> None:
@@ -160,6 +162,7 @@ def test_exec_and_console_come_through_restarts(quick: World) -> None:
     with running(works):
         for number in range(10):
             pid = quick.gateway.daemon_pid
+            print(f"{time.strftime('%T')} restart {number}: {({work.label: work.rounds for work in works})}")
             if rng.random() < 0.5:
                 os.kill(pid, signal.SIGKILL)
             else:
