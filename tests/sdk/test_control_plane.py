@@ -291,6 +291,47 @@ def test_what_this_service_has_not_is_answered_in_the_same_shape(service: Servic
     assert "s3cret" not in service.text()
 
 
+def test_workspace_secrets_go_in_and_never_come_out(service: Service) -> None:
+    secrets = "/api/v1/workspaces/current/secrets"
+    with service.http() as http:
+        body = [{"key": "FIRST", "value": "s3cret-1"}, {"key": "SECOND", "value": "s3cret-2"}]
+        assert http.post(secrets, json=body).json() == [{"key": "FIRST"}, {"key": "SECOND"}]
+        assert http.post(secrets, json={"key": "SECOND", "value": None}).json() == [{"key": "FIRST"}]
+        assert http.put(f"{secrets}/THIRD", json={"value": "s3cret-3"}).json() == {"key": "THIRD"}
+        assert http.get(secrets).json() == [{"key": "FIRST"}, {"key": "THIRD"}]
+        assert http.get(f"{secrets}/FIRST").json() == {"key": "FIRST"}
+        for bad in ({"key": "no key", "value": "s3cret"}, {"key": "K", "value": "s3cret\r\n"}, {"value": "s3cret"}):
+            answer = http.post(secrets, json=bad)
+            assert answer.status_code == 422
+            assert "s3cret" not in answer.text
+        for key in ("FIRST", "THIRD"):
+            assert http.delete(f"{secrets}/{key}").status_code == 204
+        assert http.delete(f"{secrets}/FIRST").status_code == 404
+        assert http.get(secrets).json() == []
+    assert "s3cret" not in service.text()
+
+
+def test_a_proxy_config_is_checked_kept_and_told_without_secrets(service: Service, name: str) -> None:
+    rule = {"name": "r", "match_hosts": ["api.example.com"], "headers": [{"name": "X", "type": "opaque", "value": "s3cret-4"}]}
+    with service.http() as http:
+        path = f"/v2/sandboxes/boxes/{name}"
+        made = http.post("/v2/sandboxes/boxes", json={"name": name, "wait_for_ready": True, "proxy_config": {"rules": [rule]}})
+        told = {"enabled": True, "match_paths": [], "headers": [{"name": "X", "type": "opaque", "is_set": True}]}
+        assert made.json()["proxy_config"] == {"rules": [{**rule, **told}]}
+        answer = http.patch(path, json={"proxy_config": {"rules": [{**rule, "match_hosts": ["~("]}]}})
+        place = ["body", "proxy_config", "rules", 0, "match_hosts", 0]
+        assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, place)
+        assert http.patch(path, json={"proxy_config": {}}).json()["proxy_config"] is None
+        kept = http.patch(path, json={"proxy_config": {"rules": [{**rule, **told}]}})
+        assert (kept.status_code, kept.json()["detail"][0]["loc"]) == (422, ["body", "proxy_config"])  # nothing to keep any more
+        assert http.get(f"{path}/egress").json() == {"decisions": []}
+        assert http.post(f"{path}/stop").status_code == 200
+        stopped = http.patch(path, json={"proxy_config": {"rules": [rule]}})
+        assert (stopped.status_code, stopped.json()["detail"]["error"]) == (400, "InvalidRequest")
+        assert http.delete(path).status_code == 204
+    assert "s3cret" not in service.text()
+
+
 def test_validation_points_at_the_value_and_does_not_repeat_it(service: Service) -> None:
     with service.http() as http:
         answer = http.post("/v2/sandboxes/boxes", json={"vcpus": "seventeen", "env_vars": {"A": 5, "TOKEN=": "s3cret"}})
