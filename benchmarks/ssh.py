@@ -71,9 +71,7 @@ class Way:
     def run(self, program: str, *words: str, text: str = "") -> float:
         """Seconds it took."""
         start = time.perf_counter()
-        subprocess.run(
-            self.argv(program, *words), input=text, text=True, check=True, stdout=subprocess.DEVNULL, timeout=DEADLINE
-        )
+        subprocess.run(self.argv(program, *words), input=text, text=True, check=True, stdout=subprocess.DEVNULL, timeout=DEADLINE)
         return time.perf_counter() - start
 
 

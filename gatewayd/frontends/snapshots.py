@@ -80,9 +80,7 @@ async def _one(account: Account, method: str, reference: str) -> Any:
     if not reference or len(reference) > 512 or {".", ".."} & set(reference.split("/")):
         raise GatewayError(f"{shown!r} is no snapshot", kind=ErrorKind.USAGE)
     try:
-        answer = await account.rest.call(
-            method, f"{SNAPSHOTS}/{quote(reference, safe='')}", action=action, deadline=_DEADLINE
-        )
+        answer = await account.rest.call(method, f"{SNAPSHOTS}/{quote(reference, safe='')}", action=action, deadline=_DEADLINE)
     except ServiceRefused as exc:
         if exc.status == 404:
             message = f"cannot {action}: there is no such snapshot (profile {account.name})"

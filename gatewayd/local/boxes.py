@@ -406,4 +406,3 @@ class Boxes:
     def _refuse_when_deleting(self, sandbox: Sandbox) -> None:
         if sandbox.record.status == "deleting":
             raise ServiceError(409, "Conflict", f"Sandbox '{sandbox.record.name}' is being deleted")
-

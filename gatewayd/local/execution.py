@@ -39,9 +39,7 @@ def spawn_spec(record: Record, body: CommandBody, shell: str, *, pty: bool) -> S
     )
 
 
-async def spawn(
-    box: Box, record: Record, body: CommandBody, *, pty: bool = False, agent: AgentForward | None = None
-) -> Process:
+async def spawn(box: Box, record: Record, body: CommandBody, *, pty: bool = False, agent: AgentForward | None = None) -> Process:
     """Start a command, after opening `agent` for it. Raises OSError or RuntimeFailure, as `Box.spawn`."""
     spec = spawn_spec(record, body, body.shell or DEFAULT_SHELL, pty=pty)
     if agent is None:

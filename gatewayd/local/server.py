@@ -167,9 +167,7 @@ def _endpoint(sock: socket.socket, host: str) -> str:
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
-async def _serve(
-    state: StateDir, sock: socket.socket, host: str, runtime: str, base: Path | None, opened: Sequence[str]
-) -> int:
+async def _serve(state: StateDir, sock: socket.socket, host: str, runtime: str, base: Path | None, opened: Sequence[str]) -> int:
     memory.spare()
     _allow_descriptors()
     from gatewayd.local.app import build_app

@@ -185,9 +185,7 @@ def _address(match: re.Match[str], what: str, others: tuple[GuestAddress, ...] =
     return GuestAddress(port, bytes.fromhex(match[2]), int(match[3]), others)
 
 
-async def _execute(
-    account: Account, directory: Directory, sandbox: str, what: str, uploaded: str
-) -> tuple[Place, list[str]]:
+async def _execute(account: Account, directory: Directory, sandbox: str, what: str, uploaded: str) -> tuple[Place, list[str]]:
     """Run the script; where, and the lines that it printed."""
     name, digest, _ = guest_file()
     env = {

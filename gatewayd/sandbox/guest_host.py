@@ -152,9 +152,7 @@ class GuestHost:
                 address = await self.address(notice, wake=wake)
         raise AssertionError("the loop above returns or raises")
 
-    async def resume(
-        self, core: ClientSession, notice: Notice | None = None, *, wake: bool = False, port: int = 0
-    ) -> MuxStream:
+    async def resume(self, core: ClientSession, notice: Notice | None = None, *, wake: bool = False, port: int = 0) -> MuxStream:
         """Connect a session, anew or for the first time; `port` as in `connect`.
 
         Raises:

@@ -26,9 +26,7 @@ ACCEPTING_MAX = 256  # accepted connections of one listener that are being serve
 class GuestStream(GuestSession):
     """A connection inside the sandbox, as a `relay.ByteStream`."""
 
-    def __init__(
-        self, host: GuestHost, core: ClientSession, owner: TaskOwner, what: str, *, linger: float = wire.LINGER
-    ) -> None:
+    def __init__(self, host: GuestHost, core: ClientSession, owner: TaskOwner, what: str, *, linger: float = wire.LINGER) -> None:
         super().__init__(host, core, owner, what=what, streams=(STDOUT,), linger=linger, connection=True)
         self._broken: asyncio.Future[GatewayError] = asyncio.get_running_loop().create_future()  # handed out by broken()
 

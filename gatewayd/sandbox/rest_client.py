@@ -128,9 +128,7 @@ class RestClient:
             await self.call("POST", url, action=action, sandbox=sandbox, body=body, retry=True, deadline=deadline), action
         )
 
-    async def upload(
-        self, dataplane_url: str, path: str, content: bytes, *, action: str, sandbox: str, deadline: float
-    ) -> None:
+    async def upload(self, dataplane_url: str, path: str, content: bytes, *, action: str, sandbox: str, deadline: float) -> None:
         """POST /upload on the data plane: a small file, whole; retried, since writing it twice is writing it once."""
         url = f"{dataplane_url.rstrip('/')}/upload"
         await self.call(

@@ -162,7 +162,7 @@ def test_exec_and_console_come_through_restarts(quick: World) -> None:
     with running(works):
         for number in range(10):
             pid = quick.gateway.daemon_pid
-            print(f"{time.strftime('%T')} restart {number}: {({work.label: work.rounds for work in works})}")
+            print(f"{time.strftime('%T')} restart {number}: { ({work.label: work.rounds for work in works}) }")
             if rng.random() < 0.5:
                 os.kill(pid, signal.SIGKILL)
             else:

@@ -42,7 +42,7 @@ def test_opaque_values_are_kept_and_not_told(gateway: Gateway) -> None:
     config += '"headers": [{"name": "Authorization", "type": "opaque", "value": "Bearer hidden-value"}]}]}'
     box = "given"
     gateway.json("create", box, "--proxy-config", config, "--wait")
-    again = config.replace("hidden-value\"", "hidden-value-2\"")
+    again = config.replace('hidden-value"', 'hidden-value-2"')
     shown = gateway.json("update", box, "--proxy-config", again)
     assert shown["proxy_config"]["rules"][0]["headers"] == [{"name": "Authorization", "type": "opaque", "is_set": True}]
     assert gateway.sh(box, "echo $PLACE; env | grep -c hidden-value || true; echo $SSL_CERT_FILE") == (

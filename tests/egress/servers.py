@@ -51,9 +51,7 @@ def certificates(folder: Path) -> tuple[Path, Path]:
     ca_file, server_file = folder / "ca.pem", folder / "server.pem"
     ca_file.write_bytes(made[0])
     plain = serialization.NoEncryption()
-    server_file.write_bytes(
-        keys[1].private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain) + made[1]
-    )
+    server_file.write_bytes(keys[1].private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain) + made[1])
     return ca_file, server_file
 
 

@@ -196,7 +196,12 @@ async def test_closing_while_the_link_is_down(world: World) -> None:
 async def test_another_client_takes_over(world: World) -> None:
     session = await run(world, argv=("cat",), pty=True)
     stream, answer = await world.guests.connect(
-        world.account, world.sandbox, session_id=session._core.id, mode=2, received=0, wake=False  # type: ignore[attr-defined]
+        world.account,
+        world.sandbox,
+        session_id=session._core.id,
+        mode=2,
+        received=0,
+        wake=False,  # type: ignore[attr-defined]
     )
     assert answer.status == 0
     error = await lost(session)

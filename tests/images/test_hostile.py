@@ -171,9 +171,7 @@ def test_a_build_that_is_given_up(http: Any, snaps: Snaps, service: Service, end
     assert (snaps.on_disk(), pulling(service)) == ([], [])
 
 
-def test_a_service_that_is_killed_while_it_pulls(
-    own_service: Callable[..., Service], endless: Endless, name: str
-) -> None:
+def test_a_service_that_is_killed_while_it_pulls(own_service: Callable[..., Service], endless: Endless, name: str) -> None:
     host, begun = endless
     first = own_service()
     with first.http() as http:
@@ -222,9 +220,7 @@ def test_a_full_disk(own_service: Callable[..., Service], tmp_path: Path, archiv
         small.free()
 
 
-def test_a_sigterm_while_it_pulls(
-    own_service: Callable[..., Service], endless: Endless, name: str
-) -> None:
+def test_a_sigterm_while_it_pulls(own_service: Callable[..., Service], endless: Endless, name: str) -> None:
     host, begun = endless
     first = own_service()
     with first.http() as http:

@@ -180,9 +180,7 @@ def test_nothing_is_lost_or_doubled(plan: list[tuple[str, int, int]], window: in
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.integers(0, 5000), st.integers(0, 5000), st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3000)), max_size=6)
-)
+@given(st.integers(0, 5000), st.integers(0, 5000), st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3000)), max_size=6))
 def test_attaching_goes_on_where_the_other_client_was(before: int, after: int, moves: list[tuple[int, int]]) -> None:
     guest, first = ModelGuest(), ClientSession(window=2000)
     first.open([("kind", b"process")])

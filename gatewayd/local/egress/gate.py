@@ -206,9 +206,7 @@ class Gate:
 
     async def _pass_requests(self, connection: _Connection, client: ByteStream, server: ByteStream, *, encrypted: bool) -> None:
         port = connection.port
-        requests = Requests(
-            connection.host, port, client, server, lambda: self.policy, self._journal, encrypted=encrypted
-        )
+        requests = Requests(connection.host, port, client, server, lambda: self.policy, self._journal, encrypted=encrypted)
         await requests.run()
         await server.aclose()
         await client.aclose()

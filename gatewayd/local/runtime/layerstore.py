@@ -90,9 +90,7 @@ class LayerStore:
             if finish is not None:
                 with _nothing() as nothing:
                     lower = [f"../../{layer}" for layer in below]
-                    await layers.unpack(
-                        nothing, draft.path if below else draft.upper, self._ids, lower=lower, finish=finish
-                    )
+                    await layers.unpack(nothing, draft.path if below else draft.upper, self._ids, lower=lower, finish=finish)
             await draft.keep()
         return size
 

@@ -27,7 +27,6 @@ NOBODY = 65534  # user id
 MARKS = "# begin gatewayd\n", "# end gatewayd\n"
 
 
-
 def test_inline_and_back(tmp_path: Path) -> None:
     files = SshConfig(tmp_path)
     files.ssh.mkdir()

@@ -60,10 +60,7 @@ def test_python3_minimal_is_enough(tmp_path: Path) -> None:
 
 def test_it_imports_nothing_else() -> None:
     code = (
-        "import runpy, sys\n"
-        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "print(*sys.modules)"
+        "import runpy, sys\ntry: runpy.run_path(sys.argv[1], run_name='__main__')\nexcept SystemExit: pass\nprint(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code, GUEST], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}

@@ -69,9 +69,7 @@ class ModelGuest:
             return wire.encode_answer(Answer(Status.NO_SESSION, 0, 0, 0))
         if mode == Mode.ATTACH:
             received = self.first
-            self.kept = deque(
-                encode_frame(Kind.CREDIT, bytes(4)) if frame[0] == Kind.CREDIT else frame for frame in self.kept
-            )
+            self.kept = deque(encode_frame(Kind.CREDIT, bytes(4)) if frame[0] == Kind.CREDIT else frame for frame in self.kept)
             for stream, kind in ((1, Kind.OUTPUT), (2, Kind.ERROUT)):
                 again = sum(len(frame) - wire.HEADER_SIZE for frame in self.kept if frame[0] == kind)
                 self.window[stream] = self.full_window - again

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -146,8 +145,10 @@ mkdir -p /srv/real; for i in $(seq 300); do mkdir /srv/real/$i; echo x > /srv/re
     for _ in range(3):
         captured = await runtime.layers.capture("one", box)
         layer = runtime._state_dir / captured.made
-        found = await asyncio.to_thread(subprocess.run, ["grep", "-rl", "^secret$", layer], capture_output=True, check=False)
-        assert found.stdout == b""
+        command = ["grep", "-rl", "^secret$", str(layer)]
+        search = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+        found, _ = await search.communicate()
+        assert found == b""
     await box.stop(0.0)
 
 

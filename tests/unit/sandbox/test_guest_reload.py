@@ -105,9 +105,7 @@ def rest_is_where_it_is(service: FakeService, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("code", [1001, 1011])
-async def test_the_service_reloads(
-    service: FakeService, account: Account, guests: tuple[Inside, Guests], code: int
-) -> None:
+async def test_the_service_reloads(service: FakeService, account: Account, guests: tuple[Inside, Guests], code: int) -> None:
     inside, sessions = guests
     async with asyncio.timeout(DEADLINE):
         session = await sessions.process(account, "x", ProcessSpec(argv=("cat",)))

@@ -233,7 +233,7 @@ async def test_a_warm_connection_that_has_died_unnoticed(monkeypatch: pytest.Mon
     """As after this machine slept: bytes are taken, and nothing comes back. Another request on its way is left alone."""
     monkeypatch.setattr(rest_client, "PATIENCE", 0.2)
     connections, release = 0, asyncio.Event()
-    ok = b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{\"status\": \"ready\" }"
+    ok = b'HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{"status": "ready" }'
 
     async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections

@@ -48,9 +48,7 @@ class HostSession:
             fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", spec.rows, spec.cols, spec.xpixel, spec.ypixel))
             take = "import fcntl,os,sys,termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
             options |= {"stdin": inner, "stdout": inner, "stderr": inner}
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", take, *argv_bytes], start_new_session=True, **options
-            )
+            self._process = subprocess.Popen([sys.executable, "-c", take, *argv_bytes], start_new_session=True, **options)
             os.close(inner)
             self._stdin, self._stdout, self._stderr = outer, os.dup(outer), -1
         else:

@@ -34,7 +34,7 @@ ALL = {f"no-{name}": True for name in ("pty", "port-forwarding", "agent-forwardi
     ],
 )
 def test_options(options: str, want: dict[str, object]) -> None:
-    line = parse_line(f"{options}\t {PUBLIC} cömment, with \"quotes".strip())
+    line = parse_line(f'{options}\t {PUBLIC} cömment, with "quotes'.strip())
     assert line.key == KEY.convert_to_public()
     assert line.options == want
 
