@@ -15,6 +15,8 @@ from gatewayd.sandbox.session import ExitStatus, ProcessSpec, Session
 from tests.guest.conftest import World
 from tests.guest.test_processes import DEADLINE, read_all, run
 
+STUBBORN = "trap '' TERM HUP; exec cat"  # else its own end may be told before the sandbox's
+
 
 async def counting(world: World, lines: int) -> Session:
     loop = f"i=0; while [ $i -lt {lines} ]; do i=$((i+1)); echo line $i; done"
@@ -134,7 +136,7 @@ async def test_the_guest_is_killed(own: World) -> None:
 
 
 async def test_the_sandbox_is_stopped(own: World) -> None:
-    session = await run(own, argv=("cat",))
+    session = await run(own, argv=("sh", "-c", STUBBORN))
     idle = asyncio.ensure_future(session.read())
     stop = asyncio.ensure_future(own.control.rest.stop(own.sandbox))
     error = await lost(session)
@@ -169,7 +171,7 @@ async def test_the_sandbox_is_restarted_behind_our_back(own: World) -> None:
 
 
 async def test_the_sandbox_is_deleted(own: World) -> None:
-    session = await run(own, argv=("cat",))
+    session = await run(own, argv=("sh", "-c", STUBBORN))
     deletion = asyncio.ensure_future(own.control.rest.delete(own.sandbox))
     error = await lost(session)
     await deletion
@@ -198,10 +200,10 @@ async def test_another_client_takes_over(world: World) -> None:
     stream, answer = await world.guests.connect(
         world.account,
         world.sandbox,
-        session_id=session._core.id,
+        session_id=session._core.id,  # type: ignore[attr-defined]
         mode=2,
         received=0,
-        wake=False,  # type: ignore[attr-defined]
+        wake=False,
     )
     assert answer.status == 0
     error = await lost(session)
