@@ -28,7 +28,7 @@ class Tmux(Window):
         """Open a console whose prompt is known."""
         words = shlex.join([str(BIN / "sandbox"), "console", "box", "--shell", "/bin/bash", *args])
         self.type(f"""{words} --env PROMPT_COMMAND="PS1='BOX> '" --env HISTFILE=""")
-        self.until("BOX>")
+        self.prompt("BOX>")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_type_resize_interrupt_leave(tmux: Tmux) -> None:
     tmux.until("code=130")
     tmux.key("Enter")
     tmux.type("~.", enter=False)
-    tmux.until("LOCAL>")
+    tmux.prompt("LOCAL>")
     tmux.type("echo left=$?; stty -a | grep -o ' icanon'")
     tmux.until("left=129")
     tmux.until(" icanon")  # the terminal is as it was
@@ -73,9 +73,9 @@ def test_full_screen_programs(tmux: Tmux, gateway: Gateway, box: str) -> None:
     tmux.key("g")
     wait_until(lambda: tmux.shown().splitlines()[:11] == [f"line {number}" for number in range(1, 12)], "the first lines")
     tmux.key("q")
-    tmux.until("BOX>")
+    tmux.prompt("BOX>")
     tmux.type("exit 5")
-    tmux.until("LOCAL>")
+    tmux.prompt("LOCAL>")
     tmux.type("echo code=$?")
     tmux.until("code=5")
 
@@ -96,7 +96,7 @@ def test_an_editor(tmux: Tmux, gateway: Gateway, box: str) -> None:
         tmux.type("iwritten in an editor", enter=False)
         tmux.key("Escape")
         tmux.type(":wq")
-    tmux.until("BOX>")
+    tmux.prompt("BOX>")
     tmux.type("clear; cat /root/note")
     tmux.until("written in an editor")
 
@@ -127,7 +127,7 @@ def test_detach_and_attach(tmux: Tmux) -> None:
     tmux.type("echo value=$X")
     tmux.until("value=kept")
     tmux.type("exit")
-    tmux.until("LOCAL>")
+    tmux.prompt("LOCAL>")
 
 
 def test_suspend(tmux: Tmux) -> None:

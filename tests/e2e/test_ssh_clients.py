@@ -291,7 +291,7 @@ def test_psftp_and_pscp(ssh: World, putty: list[str], tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for number in range(20):
         (tree / f"d{number % 3}").mkdir(parents=True, exist_ok=True)
-        (tree / f"d{number % 3}" / f"f {number}").write_bytes(os.urandom(number * 50_000))
+        (tree / f"d{number % 3}" / f"f {number}").write_bytes(os.urandom(number * 10_000))
     script = f"mkdir /tmp/putty\ncd /tmp/putty\nput -r {tree} tree\nmv tree moved\nls moved\nget -r moved {tmp_path}/back\n"
     run("psftp", *putty, "box", input=f"{script}chmod 700 moved\nquit\n".encode())
     run("diff", "-r", tree, tmp_path / "back")

@@ -21,7 +21,7 @@ from .sshworld import SshWorld, digest
 
 pytestmark = pytest.mark.e2e
 
-FROZEN = 5.0  # seconds that the service stands still
+FROZEN = 3.0  # seconds that the service stands still
 BACK = 3.0  # seconds after which everything has to move again
 # Answers every line with itself, over any number of connections; tells its port, and that it runs, in a file.
 SERVER = """

@@ -17,7 +17,7 @@ class Window:
         shell = "env -u TMUX PS1='LOCAL> ' bash --norc --noprofile"
         self("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "30", shell)
         self("set-option", "-g", "status", "off")
-        self.until("LOCAL>")
+        self.prompt("LOCAL>")
 
     def __call__(self, *args: str, data: bytes | None = None) -> str:
         argv = ["tmux", "-S", str(self._socket), *args]
@@ -34,6 +34,13 @@ class Window:
 
     def shown(self) -> str:
         return self("capture-pane", "-p")
+
+    def prompt(self, text: str) -> None:
+        """Wait until the last line is this prompt and nothing else: what is typed next is for whoever wrote it."""
+        try:
+            wait_until(lambda: self.shown().rstrip().rpartition("\n")[2].rstrip() == text, f"the prompt {text!r}", 40)
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}\n{self.shown()}") from None
 
     def until(self, text: str) -> str:
         """Wait until a line of the screen begins with `text`; the screen."""
