@@ -59,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
     """Records what it is asked; answers by the path."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Server
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fastapi.exceptions import RequestValidationError
 
+from gatewayd.local.creation import refuse_proxy_config
 from gatewayd.local.egress import gate
+from gatewayd.local.models import CreateBody
+from gatewayd.local.runtime import packetfilter
 
 from .conftest import World
 from .servers import Server
@@ -206,3 +210,26 @@ async def test_it_ends_with_the_sandbox(world: World, http: Server) -> None:
     await world.boxes.start(sandbox)
     http.go_on.set()
     assert await world.ok(sandbox, f"curl -s http://api.test:{http.port}/again") == "hello /again"
+
+
+async def test_without_the_packet_filter_there_is_no_network(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packetfilter, "find_nft", lambda: None)
+    sandbox = await world.boxes.create(CreateBody(wait_for_ready=True))
+    assert sandbox.run is not None
+    assert sandbox.run.gate is None
+    assert "no network: nft is not installed" in (sandbox.record.status_message or "")
+    assert (await world.run(sandbox, "python3 -c 'import socket; socket.create_connection((\"1.1.1.1\", 80))'")).code != 0
+    monkeypatch.setattr(packetfilter, "find_nft", lambda: "/bin/false")
+    other = await world.boxes.create(CreateBody(wait_for_ready=True))
+    assert "no network: the packet filter could not be loaded" in (other.record.status_message or "")
+    assert other.run is not None
+    assert other.run.gate is None
+
+
+@pytest.mark.parametrize("config", [{"rules": [{"name": "r"}]}, {"access_control": {"allow_list": []}}])
+def test_runtimes_without_a_network_refuse_what_they_cannot_do(config: dict[str, Any]) -> None:
+    with pytest.raises(RequestValidationError) as caught:
+        refuse_proxy_config(CreateBody.model_validate({"proxy_config": config}), "docker")
+    [error] = caught.value.errors()
+    assert (error["loc"], "docker runtime" in error["msg"]) == (("body", "proxy_config"), True)
+    refuse_proxy_config(CreateBody.model_validate({"proxy_config": {"rules": []}}), "docker")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +241,19 @@ except OSError:
     with pytest.raises(ServiceError) as caught:
         await world.patch(sandbox, {})
     assert (caught.value.status, caught.value.error) == (400, "InvalidRequest")
+
+
+async def test_java_reads_the_trust_store(world: World, tmp_path: Path) -> None:
+    """This machine's Java: its settings in /etc are not in the default snapshot."""
+    keytool = shutil.which("keytool")
+    if keytool is None:
+        pytest.skip("Java is not installed")
+    sandbox = await world.create({"rules": [rule(headers=[HEADER])]})
+    assert "-Djavax.net.ssl.trustStore=/run/gatewayd/truststore.p12" in await world.ok(sandbox, "echo $JAVA_TOOL_OPTIONS")
+    assert sandbox.run is not None
+    fd, _ = await sandbox.run.box.open_read("/run/gatewayd/truststore.p12")
+    with open(fd, "rb") as inside:  # noqa: PTH123 - a descriptor, not a path
+        (tmp_path / "store").write_bytes(inside.read())
+    command = [keytool, "-list", "-keystore", str(tmp_path / "store"), "-storepass", "changeit"]
+    listed = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+    assert listed.stdout.count("trustedCertEntry") > 10, listed

@@ -14,7 +14,7 @@ from gatewayd.local.egress.addresses import Address
 _DEADLINE = 10.0  # seconds for one name
 _KEEP = 10.0  # seconds an answer is used again: a query and the connection that follows it ask twice
 _MAX_KEPT = 4096  # names
-_MAX_LOOKUPS = 16  # at once, of one sandbox
+_MAX_LOOKUPS = 3  # at once, of one sandbox: fewer than uvloop has threads for, so that others find one
 _MAX_ADDRESSES = 16  # of a name that are looked at
 
 Lookup = Callable[[str], Awaitable[list[Address]]]  # raises NameUnknown, OSError

@@ -89,8 +89,8 @@ class Egress:
     async def change(self, box_id: str, box: Box, gate: Gate, config: Mapping[str, Any] | None) -> None:
         """Let another proxy_config count from now on."""
         policy = self.policy(box_id, config)
-        await self._trusted(box, policy)
         gate.change(policy)
+        await self._trusted(box, policy)
 
     async def _trusted(self, box: Box, policy: Policy) -> None:
         if policy.needs_authority:
