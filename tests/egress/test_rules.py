@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -252,8 +253,8 @@ async def test_java_reads_the_trust_store(world: World, tmp_path: Path) -> None:
     assert "-Djavax.net.ssl.trustStore=/run/gatewayd/truststore.p12" in await world.ok(sandbox, "echo $JAVA_TOOL_OPTIONS")
     assert sandbox.run is not None
     fd, _ = await sandbox.run.box.open_read("/run/gatewayd/truststore.p12")
-    with open(fd, "rb") as inside:  # noqa: PTH123 - a descriptor, not a path
-        (tmp_path / "store").write_bytes(inside.read())
+    (tmp_path / "store").write_bytes(os.pread(fd, 1 << 22, 0))
+    os.close(fd)
     command = [keytool, "-list", "-keystore", str(tmp_path / "store"), "-storepass", "changeit"]
     listed = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
     assert listed.stdout.count("trustedCertEntry") > 10, listed

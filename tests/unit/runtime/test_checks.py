@@ -17,7 +17,7 @@ from .conftest import needs_bubblewrap
 async def test_a_machine_that_runs_sandboxes_says_so(runtime: NativeRuntime, tmp_path: Path) -> None:
     found = {finding.what: finding for finding in await runtime.check()}
     assert list(found) == [
-        *("user namespaces", "overlay", "bubblewrap", "id mapping", "control groups", "disk limits", "seccomp"),
+        *("user namespaces", "overlay", "bubblewrap", "id mapping", "control groups", "disk limits", "seccomp", "network"),
     ]
     for what in ("user namespaces", "overlay", "bubblewrap"):
         assert found[what].ok, found[what]
