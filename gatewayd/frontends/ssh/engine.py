@@ -1,4 +1,4 @@
-"""asyncssh, made to fit. What touches things that asyncssh does not promise to keep is in this file and in order.py.
+"""asyncssh, made to fit. What touches things that asyncssh does not promise to keep is in this file, bulk.py and order.py.
 
 What it changes, and the private names it leans on:
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, cast
 
 import asyncssh
@@ -29,7 +29,7 @@ from asyncssh.constants import MSG_IGNORE, MSG_KEXINIT, OPEN_RESOURCE_SHORTAGE
 from asyncssh.packet import SSHPacket, String
 
 from gatewayd.frontends.ssh.authorized import Permits
-from gatewayd.frontends.ssh.order import OrderedConnection
+from gatewayd.frontends.ssh.bulk import BulkConnection
 
 if TYPE_CHECKING:
     from asyncssh.connection import SSHServerConnectionOptions
@@ -49,6 +49,10 @@ _NOTHING = String(b"")
 
 class Gate(asyncssh.SSHServer):
     """What a connection asks its owner, beyond what `asyncssh.SSHServer` knows."""
+
+    @abstractmethod
+    def begin(self, coro: Coroutine[Any, Any, None], name: str) -> None:
+        """Run a task that ends with the connection. Raises RuntimeError when that has ended."""
 
     @abstractmethod
     async def agent_requested(self) -> bool:
@@ -75,11 +79,29 @@ class _Paced(SSHChannel[bytes]):
     """A channel that keeps its data while the transport is full."""
 
     def _flush_send_buf(self) -> None:
-        if isinstance(self._conn, Connection) and self._conn.write_paused:
-            if self._session is not None:
-                self._pause_resume_writing()
-            return
+        if isinstance(self._conn, Connection):
+            self._send_bulk(self._conn)
+            if self._conn.write_paused:
+                if self._session is not None:
+                    self._pause_resume_writing()
+                return
         super()._flush_send_buf()
+
+    def _send_bulk(self, conn: Connection) -> None:
+        """Send what can be sent the short way."""
+        while self._send_buf and self._send_window and self._send_chan is not None and not conn.write_paused:
+            data, datatype = self._send_buf[0]
+            if datatype is not None or not conn.takes_data:
+                return
+            size = min(len(data), self._send_window, self._send_pktsize)
+            self._send_buf_len -= size
+            self._send_window -= size
+            with memoryview(data) as view, view[:size] as part:
+                conn.send_data(self._send_chan, part)
+            if size == len(data):
+                del self._send_buf[0]
+            else:
+                del data[:size]
 
     def flush(self) -> None:
         """Go on after the transport has drained."""
@@ -157,7 +179,7 @@ class SessionChannel(_Paced, asyncssh.SSHServerChannel[bytes]):
         return True
 
 
-class Connection(OrderedConnection):
+class Connection(BulkConnection):
     """The server's side of one SSH connection."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, options: SSHServerConnectionOptions, gate: Gate) -> None:
@@ -179,6 +201,10 @@ class Connection(OrderedConnection):
         """Those that are open."""
         found = [channel._session for channel in self._channels.values()]
         return [session for session in found if isinstance(session, CommandSession)]
+
+    def begin(self, coro: Coroutine[Any, Any, None], name: str) -> None:
+        """See OrderedConnection."""
+        self._gate.begin(coro, name)
 
     # --- the transport ------------------------------------------------------------------------------------------------
 
@@ -252,7 +278,7 @@ class Connection(OrderedConnection):
             self._enc_algs = [name for name in FAST_CIPHERS if name in upward and name in downward] or self._enc_algs
         await super()._process_kexinit(pkttype, pktid, packet)
 
-    _packet_handlers = {**OrderedConnection._packet_handlers, MSG_KEXINIT: cast(Any, _process_kexinit)}  # noqa: RUF012
+    _packet_handlers = {**BulkConnection._packet_handlers, MSG_KEXINIT: cast(Any, _process_kexinit)}  # noqa: RUF012
 
     async def reload_config(self) -> None:
         """There is no configuration of asyncssh's own to read again."""

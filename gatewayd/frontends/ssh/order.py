@@ -3,7 +3,8 @@
 sshd does one thing after the other, and its clients rely on that: with ``ExitOnForwardFailure`` the command must not begin
 before the last forward has its answer. Here a listener is a round trip to the sandbox: listeners are opened side by side, as
 far as they are not in each other's way. asyncssh answers global requests one by one, and opens channels beside them
-(`_global_request_queue`, `_process_global_request`, `_process_channel_open`, `_process_…_forward_global_request`).
+(`_global_request_queue`, `_process_global_request`, `_process_channel_open`, `_process_…_forward_global_request`,
+`_finish_…_forward`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any, cast
 
 import asyncssh
@@ -60,15 +62,19 @@ class OrderedConnection(asyncssh.SSHServerConnection):
         forward = Forward(key)
         others = len(self._forwards)
         # What is not a forward may be the cancellation of one: what comes after it waits.
-        if others == len(self._global_request_queue) and others < EARLY_MAX:
+        if others == len(self._global_request_queue) and others < EARLY_MAX and self._may("port-forwarding"):
             forward.begun = not any(other.in_the_way_of(key) for other in self._forwards)
         self._forwards.append(forward)
         if forward.begun:
-            self.create_task(self._open(forward))
+            self.begin(self._open(forward), "open a listener")
+
+    def begin(self, coro: Coroutine[Any, Any, None], name: str) -> None:
+        """Run a task of the connection's. Raises RuntimeError when that has ended."""
+        raise NotImplementedError
 
     async def _open(self, forward: Forward) -> None:
         try:
-            if self._owner is not None and self._may("port-forwarding"):
+            if self._owner is not None:
                 key, owner = forward.key, self._owner
                 wanted: Any = owner.server_requested(*key) if isinstance(key, tuple) else owner.unix_server_requested(key)
                 forward.listener = (await wanted if inspect.isawaitable(wanted) else wanted) or None
@@ -91,11 +97,21 @@ class OrderedConnection(asyncssh.SSHServerConnection):
         self._local_listeners[key] = listener
         self._report_global_response(answer)
 
+    async def _finish_port_forward(self, listen_host: str, listen_port: int) -> None:
+        await self._answer(self._forwards[0])
+
+    async def _finish_path_forward(self, listen_path: str) -> None:
+        await self._answer(self._forwards[0])
+
     def _process_tcpip_forward_global_request(self, packet: SSHPacket) -> None:
-        self.create_task(self._answer(self._forwards[0]))
+        if not self._may("port-forwarding"):  # asyncssh refuses it now
+            self._forwards.popleft()
+        super()._process_tcpip_forward_global_request(packet)
 
     def _process_streamlocal_forward_at_openssh_dot_com_global_request(self, packet: SSHPacket) -> None:
-        self.create_task(self._answer(self._forwards[0]))
+        if not self._may("port-forwarding"):
+            self._forwards.popleft()
+        super()._process_streamlocal_forward_at_openssh_dot_com_global_request(packet)
 
     def _report_global_response(self, result: bool | bytes) -> None:
         super()._report_global_response(result)

@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 from abc import abstractmethod
+from collections.abc import Coroutine
 from typing import Any
 
 import asyncssh
@@ -108,6 +109,10 @@ class Server(Gate, SessionOwner):
             await target.text_only()
         except GatewayError as exc:  # the sessions will meet it too, and tell it
             log.info("ssh %s: %s", self.label, exc.message)
+
+    def begin(self, coro: Coroutine[Any, Any, None], name: str) -> None:
+        """See Gate."""
+        self._work.start(coro, name)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
