@@ -159,6 +159,9 @@ class Server(ThreadingHTTPServer):
         """TLS in the connection's own thread, then as always."""
         request.settimeout(30)
         try:
+            # a connection that is reset before it says anything: wrap_socket would leave its descriptor open
+            if not request.recv(1, socket.MSG_PEEK):
+                return
             if self.context is not None:
                 request = self.context.wrap_socket(request, server_side=True)
             super().finish_request(request, client_address)
