@@ -120,24 +120,7 @@ CASES = (
         ),
         ignored={"AllowTcpForwarding": "", "PermitListen": "", "PermitOpen": ""},
     ),
-    Case(
-        "forwarding",
-        timeout=300,
-        known=(
-            Known(
-                "transfer over forwarded channels and check result: (failed|corrupted) copy",
-                "nine remote forwards do not listen yet when the next client starts",
-                defect=True,
-                always=False,
-            ),
-            Known(
-                "exit on -R forward failure: connection not termintated",
-                "a command may end before a remote forward asked for earlier is refused",
-                defect=True,
-                always=False,
-            ),
-        ),
-    ),
+    Case("forwarding", timeout=300),
     Case("host-expand", note=CLIENT),
     Case("integrity", timeout=300, note=ONLY_OFFERED, ignored={"Ciphers": "the client's choice", "MACs": "the client's choice"}),
     Case("kextype", note=ONLY_OFFERED, ignored={"KexAlgorithms": "the client's choice"}),
@@ -148,11 +131,7 @@ CASES = (
     ),
     Case("knownhosts", note=CLIENT),
     Case("localcommand", note=CLIENT),
-    Case(
-        "multiplex",
-        timeout=300,
-        known=(Known(": connect to .* path failed", "another answer than sshd's to a client that does not speak SSH"),),
-    ),
+    Case("multiplex", timeout=300),
     Case("percent", note=CLIENT),
     Case("portnum", note=CLIENT),
     Case("proto-version"),
