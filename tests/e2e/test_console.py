@@ -153,5 +153,6 @@ def test_the_shell_outlives_the_daemon(tmux: Tmux, gateway: Gateway) -> None:
         tmux.until(pid)
         assert gateway.daemon_pid != daemon
     tmux.type("exit 4")
+    tmux.prompt("LOCAL>")  # what is typed before goes to the shell that is just ending
     tmux.type("echo code=$?")
     tmux.until("code=4")
