@@ -178,7 +178,7 @@ class ShellSession(CommandSession):
             how = exc.message
             self.say(f"sandbox: {exc.message}" + (f"\nhint: {exc.hint}" if exc.hint else ""))
             self._exit(FAILED)
-            if exc.kind in (ErrorKind.UNAVAILABLE, ErrorKind.STOPPED, ErrorKind.NOT_FOUND):
+            if exc.kind in (ErrorKind.STOPPED, ErrorKind.NOT_FOUND):  # anything else may be this session's alone
                 self._owner.sandbox_lost()
         except Exception:
             how = "internal error"

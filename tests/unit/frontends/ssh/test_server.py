@@ -12,7 +12,7 @@ import pytest
 
 from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError
-from gatewayd.frontends.ssh import engine
+from gatewayd.frontends.ssh import engine, server
 from tests.unit.frontends.ssh.parts import Front, HostSession
 
 NO_PYTHON = GatewayError("sandbox 'box' has no Python", kind=ErrorKind.UNSUPPORTED)
@@ -71,16 +71,29 @@ async def test_a_signal_that_is_none_is_told(front: Front) -> None:
 async def test_a_lost_sandbox_is_told_and_ends_the_connection(front: Front) -> None:
     running = asyncio.ensure_future(front.run("ssh", "-tt", "box", "sleep 100"))
     session = await started(front)
-    session.lost.set_exception(GatewayError("sandbox 'box' was stopped", kind=ErrorKind.UNAVAILABLE, hint="start it"))
+    session.lost.set_exception(GatewayError("sandbox 'box' was stopped", kind=ErrorKind.STOPPED, hint="start it"))
     code, _, err = await running
     assert code == 255
     assert b"sandbox: sandbox 'box' was stopped\r\nhint: start it\r\n" in err
     async with connected(front) as client:
         process = await client.create_process("sleep 100")
-        (await started(front)).lost.set_exception(GatewayError("it is gone", kind=ErrorKind.UNAVAILABLE))
+        (await started(front)).lost.set_exception(GatewayError("it is gone", kind=ErrorKind.NOT_FOUND))
         assert (await process.wait()).exit_status == 255
         async with asyncio.timeout(10):
             await client.wait_closed()
+
+
+async def test_a_session_that_fails_leaves_the_others(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LOST_GRACE", 0)
+    async with connected(front) as client:
+        first = await client.create_process("cat")
+        await started(front)
+        second = await client.create_process("sleep 100")
+        (await started(front)).lost.set_exception(GatewayError("its guest has ended", kind=ErrorKind.UNAVAILABLE))
+        assert (await second.wait()).exit_status == 255
+        assert (await client.run("echo third")).stdout == "third\n"
+        first.stdin.write("still here\n")
+        assert await first.stdout.readline() == "still here\n"
 
 
 async def test_a_gateway_that_stops_takes_leave(front: Front) -> None:
