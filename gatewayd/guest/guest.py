@@ -1717,9 +1717,10 @@ class UnixConnection(Connection):
 
     def __init__(self, session: Session, fields: Fields) -> None:
         Connection.__init__(self, session)
+        self.account = Account.named(fields.one(b"user"))  # whose rights it is made with
         self.path = fields.values.get(b"path", [b""])[-1]
         if self.path[:1] != b"\0":  # else abstract
-            self.path = os.path.join(Account.named(b"").home, self.path)
+            self.path = os.path.join(self.account.home, self.path)
         self.peer = text(self.path)
         self.until = time.monotonic() + CONNECT_SECONDS
         self.timer = None  # type: Timer | None
@@ -1730,8 +1731,7 @@ class UnixConnection(Connection):
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.sock.setblocking(False)
         try:
-            with Near(self.path) as path:
-                self.sock.connect(path)
+            as_user(self.account, self.dial)
         except OSError as error:
             if error.errno == errno.EAGAIN and time.monotonic() < self.until:  # more wait there than its backlog allows
                 self.timer = self.guest.loop.after(0.05, self.attempt)
@@ -1740,6 +1740,11 @@ class UnixConnection(Connection):
             return
         self.session.emit(OPENED)
         self.connected()
+
+    def dial(self) -> None:
+        if self.sock is not None:
+            with Near(self.path) as path:
+                self.sock.connect(path)
 
     def close(self) -> None:
         if self.timer:
@@ -1853,6 +1858,10 @@ class TcpListener(Listener):
         Listener.__init__(self, session)
         self.host = fields.one(b"host")
         self.port = fields.number(b"port", 0, 0, 65535)
+        account = Account.named(fields.one(b"user"))
+        if 0 < self.port < 1024 and not account.own:  # the guest is root, which `account` is not
+            what = "listen on port %d as %s: ports below 1024 are root's" % (self.port, account.name)
+            raise Refused.because(what, OSError(errno.EACCES, ""))
         self.lookup = None  # type: Lookup | None
         if self.host == b"*":
             self.bind([(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")])  # noqa: S104  # asked for

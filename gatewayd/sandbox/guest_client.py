@@ -94,16 +94,20 @@ class Guests:
         return await self._stream(account, sandbox, fields, f"connect to {host}:{port}", notice, wake=wake)
 
     async def connect_unix(
-        self, account: Account, sandbox: str, path: str, notice: Notice | None = None, *, wake: bool = True
+        self, account: Account, sandbox: str, path: str, user: str = "", notice: Notice | None = None, *, wake: bool = True
     ) -> ByteStream:
-        """A connection to a Unix socket inside the sandbox. Raises DialRefused, GatewayError."""
-        return await self._stream(
-            account, sandbox, [("kind", b"unix"), ("path", _bytes(path))], f"connect to {path!r}", notice, wake=wake
-        )
+        """A connection to a Unix socket inside the sandbox, with the rights of `user`. Raises DialRefused, GatewayError."""
+        fields = [("kind", b"unix"), ("path", _bytes(path)), ("user", _bytes(user))]
+        return await self._stream(account, sandbox, fields, f"connect to {path!r}", notice, wake=wake)
 
-    async def listen_tcp(self, account: Account, sandbox: str, host: str, port: int, on_stream: OnStream) -> GuestListener:
-        """Listen inside the sandbox, on any free port for 0; `on_stream` is run for every connection. Raises GatewayError."""
-        fields = [("kind", b"listen-tcp"), ("host", _bytes(host)), ("port", str(port).encode())]
+    async def listen_tcp(
+        self, account: Account, sandbox: str, host: str, port: int, user: str, on_stream: OnStream
+    ) -> GuestListener:
+        """Listen inside the sandbox, on any free port for 0; `on_stream` is run for every connection.
+
+        Ports below 1024 are for a `user` who is root. Raises GatewayError.
+        """
+        fields = [("kind", b"listen-tcp"), ("host", _bytes(host)), ("port", str(port).encode()), ("user", _bytes(user))]
         return await self._listen(account, sandbox, fields, f"listen on {host}:{port}", on_stream)
 
     async def listen_unix(self, account: Account, sandbox: str, path: str, user: str, on_stream: OnStream) -> GuestListener:

@@ -188,7 +188,7 @@ async def test_listening(world: World, kind: str) -> None:
         await stream.write_eof()
 
     if kind == "tcp":
-        listener = await world.guests.listen_tcp(world.account, world.sandbox, "127.0.0.1", 0, shout)
+        listener = await world.guests.listen_tcp(world.account, world.sandbox, "127.0.0.1", 0, "", shout)
         target = str(listener.port)
     else:
         listener = await world.guests.listen_unix(world.account, world.sandbox, "", "", shout)
@@ -216,7 +216,7 @@ async def test_a_listener_whose_port_is_taken(world: World) -> None:
 
     async with server(world, "tcp") as port:
         with pytest.raises(GatewayError, match=f"cannot listen on 127.0.0.1:{port}"):
-            await world.guests.listen_tcp(world.account, world.sandbox, "127.0.0.1", int(port), never)
+            await world.guests.listen_tcp(world.account, world.sandbox, "127.0.0.1", int(port), "", never)
     await settled(world)
 
 
@@ -224,7 +224,7 @@ async def test_a_task_that_fails_ends_its_connection_alone(world: World) -> None
     async def fail(stream: ByteStream, peer: str) -> None:
         raise GatewayError("no use for it")
 
-    listener = await world.guests.listen_tcp(world.account, world.sandbox, "127.0.0.1", 0, fail)
+    listener = await world.guests.listen_tcp(world.account, world.sandbox, "127.0.0.1", 0, "", fail)
     async with asyncio.timeout(DEADLINE):
         for _ in range(2):
             one = await client(world, str(listener.port), "x")

@@ -93,12 +93,12 @@ class Target:
     async def connect_unix(self, path: str) -> ByteStream:
         """A connection to a socket inside. Raises GatewayError."""
         await self._need_guest("connect to a Unix socket")
-        return await self._ways.guests.connect_unix(self.account, self.sandbox, path, wake=self.wake)
+        return await self._ways.guests.connect_unix(self.account, self.sandbox, path, self.user, wake=self.wake)
 
     async def listen_tcp(self, host: str, port: int, on_stream: OnStream) -> GuestListener:
         """A listening port inside. Raises GatewayError."""
         await self._need_guest("listen on a port")
-        return await self._ways.guests.listen_tcp(self.account, self.sandbox, host, port, on_stream)
+        return await self._ways.guests.listen_tcp(self.account, self.sandbox, host, port, self.user, on_stream)
 
     async def listen_unix(self, path: str, on_stream: OnStream) -> GuestListener:
         """A listening socket inside; "" for a fresh private one. Raises GatewayError."""

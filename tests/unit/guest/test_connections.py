@@ -199,6 +199,37 @@ def test_an_abstract_socket(guest: Guest) -> None:
         client.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to connect for somebody else")
+def test_a_unix_socket_is_reached_with_the_rights_of_its_user(guest: Guest) -> None:
+    listener = Client(guest).open(("kind", "listen-unix"))
+    path = listener.opened()["path"]
+    for user, kind in (("nobody", b"permission"), ("nobody-of-that-name", b"not-found")):
+        denied = Client(guest).open(("kind", "unix"), ("path", path), ("user", user))
+        assert denied.wait(ERROR)["kind"] == kind
+        ends(denied)
+    allowed = Client(guest).open(("kind", "unix"), ("path", path), ("user", "root"))
+    allowed.opened()
+    fetch(listener, []).close()
+    allowed.close()
+    listener.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to connect for somebody else")
+@pytest.mark.parametrize("user", ["", "nobody"])
+def test_the_peer_of_a_unix_socket_sees_its_user(guest: Guest, user: str) -> None:
+    name = b"\0gatewayd-test-" + os.urandom(6).hex().encode()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(name)
+        server.listen(1)
+        client = Client(guest).open(("kind", "unix"), ("path", name), ("user", user))
+        client.opened()
+        peer, _ = server.accept()
+        with peer:
+            uid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        assert uid == (pwd.getpwnam(user).pw_uid if user else 0)
+        client.close()
+
+
 def test_a_unix_socket_that_is_not_there(guest: Guest, tmp_path: Path) -> None:
     client = Client(guest).open(("kind", "unix"), ("path", str(tmp_path / "none")))
     assert client.wait(ERROR)["kind"] == b"not-found"
@@ -267,6 +298,20 @@ def test_a_listener_holds_so_many(tmp_path: Path) -> None:
     listener.close()
     guest.check_clean()
     guest.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to listen for somebody else")
+def test_ports_below_1024_are_for_root_alone(guest: Guest) -> None:
+    denied = Client(guest).open(("kind", "listen-tcp"), ("port", 1023), ("user", "nobody"))
+    assert denied.wait(ERROR)["kind"] == b"permission"
+    ends(denied)
+    allowed = Client(guest).open(("kind", "listen-tcp"), ("port", 0), ("user", "nobody"))
+    assert int(allowed.opened()["port"]) > 1023
+    allowed.close()
+    with socket.create_server(("127.0.0.2", 1023)):  # root gets as far as the kernel's own answer
+        refused = Client(guest).open(("kind", "listen-tcp"), ("host", "127.0.0.2"), ("port", 1023), ("user", "root"))
+        assert refused.wait(ERROR)["errno"] == b"98"
+        ends(refused)
 
 
 def test_a_unix_listener_of_its_own(guest: Guest) -> None:

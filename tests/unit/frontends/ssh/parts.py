@@ -195,6 +195,7 @@ class HostGuests:
     started: asyncio.Queue[HostSession] = field(default_factory=asyncio.Queue)  # those that no test has taken yet
     listeners: list[HostListener] = field(default_factory=list)  # all there were, on ports
     directory: str = ""  # for sockets
+    users: list[str] = field(default_factory=list)  # whose rights sockets were asked for with
     listening: asyncio.Queue[int] = field(default_factory=asyncio.Queue)  # ports that somebody wants to listen on
     answers: asyncio.Event = field(default_factory=asyncio.Event)  # set: such requests are answered
 
@@ -217,7 +218,8 @@ class HostGuests:
     async def connect_tcp(self, account: object, sandbox: str, host: str, port: int, *, wake: bool) -> SocketStream:
         return await dial(host, port)
 
-    async def connect_unix(self, account: object, sandbox: str, path: str, *, wake: bool) -> SocketStream:
+    async def connect_unix(self, account: object, sandbox: str, path: str, user: str, *, wake: bool) -> SocketStream:
+        self.users.append(user)
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.connect(path)
@@ -226,7 +228,10 @@ class HostGuests:
             raise GatewayError(f"cannot connect to {path}: {exc.strerror}", kind="refused") from exc
         return SocketStream.from_socket(sock)
 
-    async def listen_tcp(self, account: object, sandbox: str, host: str, port: int, on_stream: OnStream) -> HostListener:
+    async def listen_tcp(
+        self, account: object, sandbox: str, host: str, port: int, user: str, on_stream: OnStream
+    ) -> HostListener:
+        self.users.append(user)
         self.listening.put_nowait(port)
         await self.answers.wait()
         try:

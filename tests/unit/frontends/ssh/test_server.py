@@ -12,7 +12,8 @@ import pytest
 
 from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError
-from gatewayd.frontends.ssh import engine, server
+from gatewayd.frontends.ssh import engine, server, shell
+from gatewayd.sandbox.session import ExitStatus
 from tests.unit.frontends.ssh.parts import Front, HostSession
 
 NO_PYTHON = GatewayError("sandbox 'box' has no Python", kind=ErrorKind.UNSUPPORTED)
@@ -96,6 +97,28 @@ async def test_a_session_that_fails_leaves_the_others(front: Front, monkeypatch:
         assert await first.stdout.readline() == "still here\n"
 
 
+async def test_a_terminal_is_read_to_its_end_however_late_that_comes(front: Front) -> None:
+    async with connected(front) as client:
+        process = await client.create_process("stty -echo; echo ready; read x; seq 500; exit 3", term_type="xterm")
+        session = await started(front)
+        assert await process.stdout.readline() == "ready\r\n"
+        read, flowing = session.read, asyncio.Event()
+
+        async def stalled(*args: int) -> bytes:
+            data = await read(*args)
+            await flowing.wait()
+            return data
+
+        session.read = stalled  # type: ignore[method-assign]
+        process.stdin.write("\n")
+        output = asyncio.ensure_future(process.stdout.read())
+        assert await session.wait() == ExitStatus(3)
+        await asyncio.wait([output], timeout=4 * shell.TEXT_DRAIN)  # nothing that may go by: there is more to come
+        flowing.set()
+        assert (await output).split() == [str(number) for number in range(1, 501)]
+        assert (await process.wait()).exit_status == 3
+
+
 async def test_a_gateway_that_stops_takes_leave(front: Front) -> None:
     running = asyncio.ensure_future(front.run("ssh", "-R", "0:127.0.0.1:1", "box", "sleep 100"))
     session = await started(front)
@@ -137,6 +160,16 @@ async def test_text_sessions_have_no_sftp_but_forwards_to_ports(front: Front) ->
     code, _, err = await front.run("ssh", "-W", "example.invalid:80", "box")
     assert code == 255
     served.close()
+
+
+async def test_sockets_are_asked_for_with_the_rights_of_the_user(front: Front) -> None:
+    async with connected(front, "ada") as client:
+        with pytest.raises(asyncssh.ChannelOpenError):
+            await client.open_unix_connection(str(front.root / "none"))
+        listener = await client.start_server(lambda host, port: False, "127.0.0.1", 0)
+        listener.close()
+        await listener.wait_closed()
+    assert front.guests.users == ["ada", "ada"]
 
 
 async def test_the_cancellation_of_a_forward_that_is_none_harms_nobody(front: Front) -> None:
