@@ -40,6 +40,9 @@ BACKOFF_BASE, BACKOFF_MAX = 0.2, 3.0  # seconds between connections that fail
 CLOSE_WAIT = 2.0  # seconds `aclose` waits for the guest to know
 CLOSE_LINGER = 30.0  # seconds in which a broken connection is replaced to tell it, and when a program's end has been told
 READ = 262_144  # bytes asked of the connection at once
+STEADY = 0.5  # seconds after which a connection is one, and its loss no sign of a guest that only answers
+BRIEF_MAX = 100  # shorter ones in a row
+SMALL = 4096  # bytes of output below which pieces are joined: each costs some hundred bytes beside its own
 RETRIED = (ErrorKind.UNAVAILABLE, ErrorKind.TIMEOUT, ErrorKind.REFUSED)  # of a reconnection: it may help
 
 
@@ -273,7 +276,17 @@ class GuestSession:
         """From the first connection to the last."""
         try:
             stream = await self._first(notice, wake)
-            while not await self._carry(stream):
+            brief = 0  # connections in a row that ended as soon as they stood
+            while True:
+                began = self._loop.time()
+                if await self._carry(stream):
+                    break
+                brief = 0 if self._loop.time() - began >= STEADY else brief + 1
+                if brief > BRIEF_MAX:
+                    cause = f"the guest in sandbox {self._host.sandbox!r} hangs up again and again: the session is over"
+                    raise GatewayError(cause, kind=ErrorKind.UNAVAILABLE)
+                if brief > 1:
+                    await asyncio.sleep(backoff(brief - 2, BACKOFF_BASE, BACKOFF_MAX))
                 stream = await self._again()
         except GuestRefused as exc:
             self._lose(self._refused(exc), only_exit=self._told)
@@ -423,7 +436,11 @@ class GuestSession:
             if buffer is None or buffer.eof or self._closing:
                 self._core.grant(event.stream, len(event.data))
             else:
-                buffer.chunks.append(event.data)
+                chunks = buffer.chunks
+                if chunks and len(chunks[-1]) < SMALL and len(event.data) < SMALL:
+                    chunks[-1] += event.data
+                else:
+                    chunks.append(event.data)
                 buffer.ready.set()
         elif isinstance(event, OutputEof):
             if (buffer := self._buffers.get(event.stream)) is not None:

@@ -69,6 +69,7 @@ class GuestListener:
         self._on_stream = on_stream
         self._sessions = owner  # of the tasks of accepted connections: they end with the guests
         self._tasks = TaskOwner(f"listener in {host.sandbox}")  # serve accepted connections
+        self._full = False  # connections are being left unfetched
         session.on_accepted = self._accepted
 
     async def start(self) -> None:
@@ -91,12 +92,18 @@ class GuestListener:
         await self._tasks.aclose()
 
     def _accepted(self, event: Accepted) -> None:
+        if len(self._tasks) >= ACCEPTING_MAX:  # those that nobody fetches end inside by themselves
+            if not self._full:
+                log.warning("listener in %s: more than %d connections", self._host.sandbox, ACCEPTING_MAX)
+            self._full = True
+            return
+        self._full = False
         try:
-            self._tasks.start(self._serve(event.id, event.peer, len(self._tasks) >= ACCEPTING_MAX), "connection")
+            self._tasks.start(self._serve(event.id, event.peer), "connection")
         except RuntimeError:  # closed meanwhile
             log.info("a connection from %s came too late", event.peer)
 
-    async def _serve(self, session_id: bytes, peer: str, too_many: bool) -> None:
+    async def _serve(self, session_id: bytes, peer: str) -> None:
         core = ClientSession.accepted(session_id, wire.WINDOW)
         stream = GuestStream(self._host, core, self._sessions, f"take a connection from {peer or 'somebody'}")
         try:
@@ -105,9 +112,6 @@ class GuestListener:
             log.info("listener in %s: %s", self._host.sandbox, exc.message)
             return
         try:
-            if too_many:
-                log.warning("listener in %s: more than %d connections", self._host.sandbox, ACCEPTING_MAX)
-                return
             await self._on_stream(stream, peer)
         except (OSError, GatewayError) as exc:
             log.info("listener in %s: %s: %s", self._host.sandbox, peer, exc)
@@ -115,7 +119,4 @@ class GuestListener:
             stream.abort()
             raise
         finally:
-            if not too_many:
-                await asyncio.shield(stream.aclose())
-            else:
-                stream.abort()
+            await asyncio.shield(stream.aclose())

@@ -152,6 +152,34 @@ async def test_the_service_is_away_for_a_while(service: FakeService, account: Ac
     assert not service.rejections
 
 
+async def test_a_guest_that_answers_and_hangs_up(
+    service: FakeService, account: Account, guests: tuple[Inside, Guests], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, sessions = guests
+    monkeypatch.setattr(guest_session, "BRIEF_MAX", 3)
+    answered = 0
+
+    async def hang_up(stream: MuxStream) -> None:
+        nonlocal answered
+        loop = asyncio.get_running_loop()
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.setblocking(False)
+            await loop.sock_sendall(sock, await stream.read(61))
+            await stream.write(await loop.sock_recv(sock, 21))
+        answered += 1
+        await stream.aclose()
+
+    async with asyncio.timeout(DEADLINE):
+        session = await sessions.process(account, "x", ProcessSpec(argv=("cat",)))
+        (port,) = service.ports
+        service.ports[port] = hang_up
+        await service.connections[-1].close(1011)
+        with pytest.raises(GatewayError, match="hangs up again and again"):
+            await session.wait()
+        await session.aclose()
+    assert 3 <= answered <= 6
+
+
 async def test_an_address_that_is_out_of_date(service: FakeService, account: Account, guests: tuple[Inside, Guests]) -> None:
     """The guest has been replaced, and something else listens where it was."""
     inside, sessions = guests
