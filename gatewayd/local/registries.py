@@ -61,7 +61,10 @@ class Registries:
         return record
 
     def update(self, reference: str, body: RegistryPatch) -> RegistryRecord:
-        """What is absent or null stays. Raises ServiceError 404, 409, 507."""
+        """What is absent or null stays, but for a password that would now be told to somebody else, or in clear.
+
+        Raises ServiceError 404, 409, 507.
+        """
         old = self.get(reference)
         name = body.name or old.name
         if self._by_name.get(name, old) is not old:
@@ -71,9 +74,9 @@ class Registries:
         changes |= {"name": name, "updated_at": self._clock.stamp()}
         if body.password is not None:
             changes["secret"] = self._sealed(body.password, old.id)
-        elif body.url is not None and parse_registry(body.url).host != parse_registry(old.url).host:
-            changes["secret"] = None  # a password is told to the registry that it was given for, and to no other
         record = replace(old, **changes)
+        if body.password is None and _exposes(old, record):
+            record = replace(record, secret=None)
         try:
             self._store.registries.save(record)
         except WriteFailure as exc:
@@ -94,13 +97,17 @@ class Registries:
         """How to get at an image by way of a registry.
 
         Raises:
-            ServiceError: 404 there is no such registry; 422 the image is not in it, or its password cannot be read.
+            ServiceError: 404 there is no such registry; 422 the image is not in it, or its password is missing or cannot be read.
         """
         record = self.get(reference)
         where = parse_registry(record.url)
         if image.host != where.host:
             message = f"the image is at {image.host or 'this machine'}, and registry '{record.name}' is {where.host}"
             raise ServiceError(422, "ImagePull", f"{message}: its credentials go nowhere else")
+        if record.username and not record.secret:
+            what = f"registry '{record.name}' has a user name and no password"
+            message = f"{what} (a change of its url or its ca_cert makes it forgotten): give it one with PATCH"
+            raise ServiceError(422, "ImagePull", message)
         try:
             password = self._vault.open(record.secret, record.id) if record.secret else ""
         except VaultError as exc:
@@ -114,6 +121,12 @@ class Registries:
             return self._vault.seal(password, owner)
         except VaultError as exc:
             raise ServiceError(503, "ServiceUnavailable", str(exc)) from exc
+
+
+def _exposes(old: RegistryRecord, new: RegistryRecord) -> bool:
+    """Whether a password that was given for the old one may be told elsewhere, in clear, or to whom others vouch for."""
+    before, after = parse_registry(old.url), parse_registry(new.url)
+    return before.host != after.host or (after.plain and not before.plain) or (old.ca or "") != (new.ca or "")
 
 
 def _taken(name: str) -> ServiceError:
