@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 256 * 1024  # bytes moved at once
-TERMINAL_DRAIN = 0.25  # seconds of silence after which a terminal whose shell has ended is done: others may hold it open
+TEXT_DRAIN = 0.25  # seconds of silence after which a terminal without a guest is done when its shell has ended
 FAILED = 255  # exit status of what is not the command's own fault, as ssh's
 PENDING_MAX = 32  # signals and sizes that came before the process ran
 SIZE_MAX = 65535  # columns, rows, pixels: what a kernel's struct winsize holds
@@ -266,10 +266,13 @@ class ShellSession(CommandSession):
             return
 
     async def _drain(self, outputs: list[asyncio.Task[None]]) -> None:
-        """Wait for the rest of the output. Without a terminal for as long as anybody holds it open, as sshd does."""
+        """Wait for the rest of the output. Without a terminal for as long as anybody holds it open, as sshd does.
+
+        The guest ends a terminal's output soon after its shell has ended; where there is no guest, others may hold it open.
+        """
+        timeout = TEXT_DRAIN if self._terminal is not None and await self._owner.target.text_only() else None
         while True:
             before = self._moved
-            timeout = TERMINAL_DRAIN if self._terminal is not None else None
             _, running = await asyncio.wait(outputs, timeout=timeout)
             if not running or (self._moved == before and self._writable.is_set()):
                 return
