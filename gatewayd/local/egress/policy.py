@@ -13,11 +13,17 @@ from gatewayd.local.egress.hostnames import Matcher, canonical, matcher, path_ma
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")  # a workspace secret's name in a header's value
 _FIELD_VALUE = re.compile(r"[!-~\x80-\xff]([\t -~\x80-\xff]*[!-~\x80-\xff])?")  # RFC 9110 section 5.5, without its empty case
 
+_MAX_PATH = 4096  # characters of a path that rules are asked about
+
 Reveal = Callable[[str], str]  # what was sealed → the secret, or KEY → the secret; raises KeyError
 
 
 class SecretMissing(Exception):
     """A request needs a secret that is not there; the message names it, and tells nothing of it."""
+
+
+class PathTooLong(Exception):
+    """A path is longer than rules about paths are asked about; the message says so."""
 
 
 class _Rule:
@@ -34,9 +40,15 @@ class _Rule:
         return any(matches(host) for matches in self._hosts)
 
     def for_path(self, path: str) -> bool:
-        """In every way that a server may read the path: what leads elsewhere by `..` or %2e is another path."""
+        """In every way that a server may read the path: what leads elsewhere by `..` or %2e is another path.
+
+        Raises:
+            PathTooLong: that would take the event loop too long.
+        """
         if not self._paths:
             return True
+        if len(path) > _MAX_PATH:
+            raise PathTooLong(f"rule {self.name!r} needs a path of at most {_MAX_PATH} characters, this one has {len(path)}")
         plain = unquote(path, errors="replace").replace("\\", "/")
         resolved = posixpath.normpath(plain) + ("/" if plain.endswith("/") and len(plain) > 1 else "")
         readings = {path, plain, re.sub(r"/{2,}", "/", resolved)}
@@ -86,6 +98,7 @@ class Policy:
 
         Raises:
             SecretMissing: a value cannot be made, or may not be sent without encryption.
+            PathTooLong: a rule about paths applies to the host, and cannot be asked about this one.
         """
         given: dict[bytes, bytes] = {}
         rules = []

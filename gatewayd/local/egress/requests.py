@@ -11,7 +11,7 @@ import h11
 
 from gatewayd.errors import GatewayError
 from gatewayd.local.egress.journal import Journal
-from gatewayd.local.egress.policy import Policy, SecretMissing, same_host
+from gatewayd.local.egress.policy import PathTooLong, Policy, SecretMissing, same_host
 from gatewayd.local.egress.streams import Replayed
 from gatewayd.relay import ByteStream, relay
 from gatewayd.tasks import TaskOwner
@@ -146,6 +146,8 @@ class Requests:
             given, rules = policy.headers(self._host, _path(target), encrypted=self._encrypted)
         except SecretMissing as exc:
             raise _Refusal(403, str(exc)) from None
+        except PathTooLong as exc:
+            raise _Refusal(414, str(exc)) from None
         if given and request.method in (b"TRACE", b"CONNECT"):
             raise _Refusal(405, "the answer to this method would show what was set")
         chunked = any(name == b"transfer-encoding" for name, _ in request.headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 import struct
 from ipaddress import ip_address
@@ -15,8 +16,8 @@ from pydantic import ValidationError
 from gatewayd.local.egress import dnswire, nametable
 from gatewayd.local.egress.addresses import Reach
 from gatewayd.local.egress.hello import Hello, Plain, classify
-from gatewayd.local.egress.hostnames import canonical, matcher
-from gatewayd.local.egress.policy import Policy, SecretMissing
+from gatewayd.local.egress.hostnames import canonical, matcher, path_matcher
+from gatewayd.local.egress.policy import PathTooLong, Policy, SecretMissing
 from gatewayd.local.egress.trust import environment
 from gatewayd.local.proxyconfig import ProxyConfig, shown, stored
 from gatewayd.local.runtime.packetfilter import rules
@@ -185,6 +186,31 @@ def test_rules_add_up_and_the_last_counts() -> None:
     with pytest.raises(SecretMissing, match="not sent without TLS"):
         policy.headers("api.example", "/v2", encrypted=False)
     assert [policy.intercepts(host) for host in ("api.example", "raw.example", "other")] == [True, False, False]
+
+
+def test_paths_that_are_too_long_are_not_matched() -> None:
+    rule = {"name": "r", "match_hosts": ["api.example"], "match_paths": ["/v1/*"], "headers": [header("plaintext", "1")]}
+    policy = compiled({"rules": [rule]})
+    longest = "/v1/".ljust(4096, "x")
+    assert policy.headers("api.example", longest, encrypted=True) == ({b"x": b"1"}, ["r"])
+    with pytest.raises(PathTooLong, match="at most 4096 characters, this one has 4097"):
+        policy.headers("api.example", longest + "x", encrypted=True)
+    assert policy.headers("other.example", longest + "x", encrypted=True) == ({}, [])  # no rule about paths applies
+
+
+_GLOBS = st.text("ab/*?", max_size=8).map("/".__add__)
+
+
+@given(_GLOBS, st.text("ab/\n", max_size=10).map("/".__add__))
+def test_path_globs_match_as_the_plain_expression_does(pattern: str, path: str) -> None:
+    plain = re.compile("".join({"*": ".*", "?": "."}.get(char) or re.escape(char) for char in pattern), re.DOTALL)
+    assert path_matcher(pattern)(path) == (plain.fullmatch(path) is not None)
+
+
+def test_many_stars_do_not_multiply() -> None:
+    assert not path_matcher("/" + "*a" * 300 + "*b")("/" + "a" * 4000)  # ends, which it would not if stars reconsidered
+    assert not matcher("*a" * 100 + "*b")("a" * 253)
+    assert path_matcher("/" + "*a" * 300 + "*b")("/" + "a" * 4000 + "b")
 
 
 def test_opaque_values_are_kept_when_they_are_not_repeated() -> None:
