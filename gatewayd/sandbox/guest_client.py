@@ -101,19 +101,21 @@ class Guests:
         return await self._stream(account, sandbox, fields, f"connect to {path!r}", notice, wake=wake)
 
     async def listen_tcp(
-        self, account: Account, sandbox: str, host: str, port: int, user: str, on_stream: OnStream
+        self, account: Account, sandbox: str, host: str, port: int, user: str, on_stream: OnStream, *, wake: bool = True
     ) -> GuestListener:
         """Listen inside the sandbox, on any free port for 0; `on_stream` is run for every connection.
 
         Ports below 1024 are for a `user` who is root. Raises GatewayError.
         """
         fields = [("kind", b"listen-tcp"), ("host", _bytes(host)), ("port", str(port).encode()), ("user", _bytes(user))]
-        return await self._listen(account, sandbox, fields, f"listen on {host}:{port}", on_stream)
+        return await self._listen(account, sandbox, fields, f"listen on {host}:{port}", on_stream, wake=wake)
 
-    async def listen_unix(self, account: Account, sandbox: str, path: str, user: str, on_stream: OnStream) -> GuestListener:
+    async def listen_unix(
+        self, account: Account, sandbox: str, path: str, user: str, on_stream: OnStream, *, wake: bool = True
+    ) -> GuestListener:
         """Likewise on a Unix socket of `user`'s; path "": a new one in a folder of its own. Raises GatewayError."""
         fields = [("kind", b"listen-unix"), ("path", _bytes(path)), ("user", _bytes(user))]
-        return await self._listen(account, sandbox, fields, f"listen on {path or 'a Unix socket'}", on_stream)
+        return await self._listen(account, sandbox, fields, f"listen on {path or 'a Unix socket'}", on_stream, wake=wake)
 
     async def sessions(self, account: Account, sandbox: str, *, wake: bool = True) -> list[GuestItem]:
         """What the guest carries at the moment, and guests of other versions do. Raises GatewayError."""
@@ -236,11 +238,11 @@ class Guests:
         return stream
 
     async def _listen(
-        self, account: Account, sandbox: str, fields: list[tuple[str, bytes]], what: str, on_stream: OnStream
+        self, account: Account, sandbox: str, fields: list[tuple[str, bytes]], what: str, on_stream: OnStream, *, wake: bool
     ) -> GuestListener:
         session = self._new(account, sandbox, fields, what, ())
         listener = GuestListener(self._host(account, sandbox), session, self._tasks, on_stream)
-        await listener.start()
+        await listener.start(wake=wake)
         return listener
 
 

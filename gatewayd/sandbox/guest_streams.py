@@ -72,9 +72,9 @@ class GuestListener:
         self._full = False  # connections are being left unfetched
         session.on_accepted = self._accepted
 
-    async def start(self) -> None:
+    async def start(self, *, wake: bool = True) -> None:
         """Listen. Raises GatewayError."""
-        await self._session.start()
+        await self._session.start(wake=wake)
         try:
             self.port = wire.number(self._session.fields.get("port", b"0"), 65535)
             self.path = self._session.fields.get("path", b"").decode("utf-8", "surrogateescape")[:4096]

@@ -98,12 +98,12 @@ class Target:
     async def listen_tcp(self, host: str, port: int, on_stream: OnStream) -> GuestListener:
         """A listening port inside. Raises GatewayError."""
         await self._need_guest("listen on a port")
-        return await self._ways.guests.listen_tcp(self.account, self.sandbox, host, port, self.user, on_stream)
+        return await self._ways.guests.listen_tcp(self.account, self.sandbox, host, port, self.user, on_stream, wake=self.wake)
 
     async def listen_unix(self, path: str, on_stream: OnStream) -> GuestListener:
         """A listening socket inside; "" for a fresh private one. Raises GatewayError."""
         await self._need_guest("listen on a Unix socket")
-        return await self._ways.guests.listen_unix(self.account, self.sandbox, path, self.user, on_stream)
+        return await self._ways.guests.listen_unix(self.account, self.sandbox, path, self.user, on_stream, wake=self.wake)
 
     def is_local(self, host: str) -> bool:
         """Whether `host` means the sandbox itself."""

@@ -229,7 +229,7 @@ class HostGuests:
         return SocketStream.from_socket(sock)
 
     async def listen_tcp(
-        self, account: object, sandbox: str, host: str, port: int, user: str, on_stream: OnStream
+        self, account: object, sandbox: str, host: str, port: int, user: str, on_stream: OnStream, *, wake: bool
     ) -> HostListener:
         self.users.append(user)
         self.listening.put_nowait(port)
@@ -240,7 +240,9 @@ class HostGuests:
             raise GatewayError(f"cannot listen on {port}: {exc.strerror}", kind="failed") from exc
         return self.listeners[-1]
 
-    async def listen_unix(self, account: object, sandbox: str, path: str, user: str, on_stream: OnStream) -> HostListener:
+    async def listen_unix(
+        self, account: object, sandbox: str, path: str, user: str, on_stream: OnStream, *, wake: bool
+    ) -> HostListener:
         path = path or f"{self.directory}/agent"
         sock = socket.socket(socket.AF_UNIX)
         sock.bind(path)

@@ -1,0 +1,54 @@
+"""What is asked for with `wake=False`, of a sandbox that is stopped: no request may be one that starts it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from gatewayd.errors import GatewayError
+from gatewayd.frontends.ssh.target import Target, Ways
+from gatewayd.relay import ByteStream
+from gatewayd.sandbox.accounts import Account
+from gatewayd.sandbox.boxes import Directory
+from gatewayd.sandbox.guest_client import Guests
+from gatewayd.sandbox.pool import Pool
+from tests.unit.fakeservice import FakeService
+
+
+@pytest.fixture
+async def ways(service: FakeService) -> AsyncIterator[Ways]:
+    """To the sandbox `x`, which is stopped."""
+    service.add_box("x", status="stopped")
+    directory = Directory()
+    pool = Pool(directory)
+    guests = Guests(directory, pool)
+    yield Ways(directory, pool, guests)
+    await guests.aclose()
+    await pool.aclose()
+
+
+def starters(service: FakeService) -> list[str]:
+    """Requests that start a stopped sandbox."""
+    return [seen.path for seen in service.seen if not seen.path.endswith("/status")] + [each.path for each in service.upgrades]
+
+
+async def never(stream: ByteStream, peer: str) -> None:
+    raise AssertionError(peer)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_listeners(service: FakeService, account: Account, ways: Ways, kind: str) -> None:
+    target = Target(ways, account, "x", "", wake=False)
+    with pytest.raises(GatewayError, match="'x' is stopped"):
+        await (target.listen_tcp("127.0.0.1", 0, never) if kind == "tcp" else target.listen_unix("", never))
+    guests = ways.guests
+    listening = (
+        guests.listen_tcp(account, "x", "127.0.0.1", 0, "", never, wake=False)
+        if kind == "tcp"
+        else guests.listen_unix(account, "x", "", "", never, wake=False)
+    )
+    with pytest.raises(GatewayError, match="'x' is stopped") as caught:
+        await listening
+    assert caught.value.kind == "stopped"
+    assert starters(service) == []
