@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from gatewayd.errors import GatewayError
 from gatewayd.local.egress import nametable
 from gatewayd.local.egress.addresses import Address, Reach
-from gatewayd.local.egress.hello import Hello, Plain, classify
+from gatewayd.local.egress.hello import Endless, Hello, Plain, classify
 from gatewayd.local.egress.journal import Journal
 from gatewayd.local.egress.nameserver import Nameserver
 from gatewayd.local.egress.outward import Refused, dial
@@ -170,6 +170,8 @@ class Gate:
             if intercepts or self.policy.restricts:
                 spoken, early, late = await _overture(client, server)
                 client, server = Replayed(client, early), Replayed(server, late)
+                if isinstance(spoken, Endless):
+                    raise Refused("a TLS ClientHello that is too long, or in too many pieces")
                 if isinstance(spoken, Hello):
                     _check_name(spoken, host)
                     if intercepts:
@@ -232,7 +234,7 @@ def _check_name(hello: Hello, host: str) -> None:
         raise Refused("the server name in TLS is not the host of this connection")
 
 
-async def _overture(client: ByteStream, server: ByteStream) -> tuple[Hello | Plain, bytes, bytes]:
+async def _overture(client: ByteStream, server: ByteStream) -> tuple[Hello | Plain | Endless, bytes, bytes]:
     """What a client begins with, unless the server speaks first; and what was read of both by then."""
     owner = TaskOwner("overture")
     try:

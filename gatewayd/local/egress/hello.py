@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass
 
 MAX_HELLO = 64 * 1024  # bytes of a ClientHello that are waited for
+_MAX_RECORDS = 16  # that it comes in: all are looked at again after each read
 _HANDSHAKE, _CLIENT_HELLO, _SERVER_NAME, _HOST_NAME = 22, 1, 0, 0
 _METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"TRACE", b"CONNECT", b"PRI")
 
@@ -24,15 +25,24 @@ class Plain:
     http: bool  # it begins as an HTTP request does
 
 
+@dataclass(frozen=True)
+class Endless:
+    """A ClientHello that is longer, or in more pieces, than is waited for: nobody can say for which name."""
+
+
 class _Short(Exception):
     """More bytes are needed."""
+
+
+class _Pieces(Exception):
+    """More records than are looked at."""
 
 
 class _Bad(Exception):
     """Not a ClientHello."""
 
 
-def classify(data: bytes) -> Hello | Plain | None:
+def classify(data: bytes) -> Hello | Plain | Endless | None:
     """What a client has begun; None when that cannot be said yet."""
     if not data:
         return None
@@ -44,15 +54,20 @@ def classify(data: bytes) -> Hello | Plain | None:
     try:
         return Hello(_server_name(_Reader(_handshake(data))))
     except _Short:
-        return None if len(data) < MAX_HELLO else Plain(http=False)
+        return None if len(data) < MAX_HELLO else Endless()
+    except _Pieces:
+        return Endless()
     except _Bad:
         return Plain(http=False)
 
 
 def _handshake(data: bytes) -> bytes:
     """The ClientHello's body, out of as many records as it takes."""
-    body, at, wanted = b"", 0, 4
+    body, at, wanted, records = bytearray(), 0, 4, 0
     while len(body) < wanted:
+        if records == _MAX_RECORDS:
+            raise _Pieces
+        records += 1
         if at + 5 > len(data):
             raise _Short
         kind, major, length = data[at], data[at + 1], struct.unpack_from(">H", data, at + 3)[0]
@@ -66,7 +81,7 @@ def _handshake(data: bytes) -> bytes:
         if at + 5 + length > len(data) and len(body) < wanted:
             raise _Short
         at += 5 + length
-    return body[4:wanted]
+    return bytes(body[4:wanted])
 
 
 class _Reader:

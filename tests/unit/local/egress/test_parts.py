@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from gatewayd.local.egress import dnswire, nametable
 from gatewayd.local.egress.addresses import Reach
-from gatewayd.local.egress.hello import Hello, Plain, classify
+from gatewayd.local.egress.hello import Endless, Hello, Plain, classify
 from gatewayd.local.egress.hostnames import canonical, matcher, path_matcher
 from gatewayd.local.egress.policy import PathTooLong, Policy, SecretMissing
 from gatewayd.local.egress.trust import environment
@@ -137,15 +137,28 @@ def client_hello(name: str | None) -> bytes:
     return outgoing.read()
 
 
+def records(body: bytes, size: int) -> bytes:
+    """A handshake message in records of `size` bytes."""
+    pieces = [body[start : start + size] for start in range(0, len(body), size)]
+    return b"".join(b"\x16\x03\x01" + struct.pack(">H", len(piece)) + piece for piece in pieces)
+
+
+def test_a_hello_in_too_many_pieces_is_not_waited_for() -> None:
+    body = client_hello("api.example")[5:]
+    pieces = records(body, 1)
+    assert classify(pieces[: 16 * 6 - 1]) is None
+    assert classify(pieces[: 16 * 6]) == classify(pieces) == Endless()
+    long = b"\x01\xff\xff\xff" + bytes(1 << 17)
+    assert classify(records(long, 1 << 14)[: (1 << 16) - 1]) is None
+    assert classify(records(long, 1 << 14)[: 1 << 16]) == Endless()
+
+
 def test_first_bytes() -> None:
     whole = client_hello("api.example")
     assert classify(whole) == classify(whole + b"more") == Hello("api.example")
     assert [classify(whole[:size]) for size in range(len(whole))] == [None] * len(whole)
-    body, pieces = whole[5:], b""
-    for start in range(0, len(body), 100):  # one message in many records
-        piece = body[start : start + 100]
-        pieces += b"\x16\x03\x01" + struct.pack(">H", len(piece)) + piece
-    assert classify(pieces) == Hello("api.example")
+    body = whole[5:]
+    assert classify(records(body, -(-len(body) // 16))) == Hello("api.example")  # one message in many records
     assert classify(client_hello(None)) == Hello(None)
     assert classify(b"GET / HTTP/1.1\r\n") == Plain(http=True)
     assert classify(b"GE") is None
