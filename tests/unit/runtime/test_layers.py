@@ -118,6 +118,14 @@ async def test_hostile_entries_are_refused(work: Path, name: str) -> None:
     assert not (work / "escaped").exists()
 
 
+@pytest.mark.parametrize("mtime", [1e300, -1e300, float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE])
+async def test_a_time_that_no_file_can_have_is_refused(work: Path, kind: bytes, mtime: float) -> None:
+    archive = Archive().add("when", kind, pax_headers={"mtime": str(mtime)})
+    with pytest.raises(RuntimeFailure, match=r"cannot unpack the image.*cannot read the archive: (Overflow|Value)Error"):
+        await fill(work, archive)
+
+
 async def test_links_lead_nowhere_else(work: Path) -> None:
     victim = work / "victim"
     victim.mkdir(mode=0o777)

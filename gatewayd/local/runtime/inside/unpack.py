@@ -31,6 +31,7 @@ _NAME_MAX, _PATH_MAX = 255, 4096  # bytes (limits.h)
 _ID_MAX = 65535  # ids mapped into a sandbox
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 _XATTR = "SCHILY.xattr."  # PAX records with extended attributes begin so
+_ABSURD = (ValueError, ArithmeticError, MemoryError, RecursionError)  # numbers and sizes that no file has: a time of 1e300, say
 _MOUNTPOINTS = ("/mnt", "/media", "/srv", "/opt")  # covered in a private mount namespace only
 
 
@@ -287,7 +288,7 @@ def _unpack(plan: dict[str, Any], door: mapped.Door) -> int:
             source.check(plan["diff_id"])
         if plan["finish"] is not None:
             unpacker.finish(plan["finish"])
-    except (LayerError, OSError, tarfile.TarError, EOFError, ValueError, MemoryError, RecursionError, idspace.MapError) as exc:
+    except (LayerError, idspace.MapError, OSError, tarfile.TarError, EOFError, *_ABSURD) as exc:
         mapped.answer({"failed": _explain(exc), "errno": exc.errno if isinstance(exc, OSError) else None})
         return 1
     mapped.answer({"bytes": unpacker.bytes, "entries": unpacker.entries, "skipped": unpacker.skipped})
