@@ -139,10 +139,14 @@ class Pool:
     async def aclose(self) -> None:
         """End every link in order (GoAway first); idempotent."""
         self._closed = True
+        await self._close_links()
+        await self._tasks.aclose()
+        await self._close_links()  # of dials that succeeded meanwhile
+        self._entries.clear()
+
+    async def _close_links(self) -> None:
         links = [entry.link for entry in self._entries.values() if entry.link is not None]
         await asyncio.gather(*(link.aclose() for link in links))
-        await self._tasks.aclose()
-        self._entries.clear()
 
     # --- demand -------------------------------------------------------------------------------------------------------
 
