@@ -23,7 +23,7 @@ from gatewayd.sandbox.guest_host import GuestHost
 from gatewayd.sandbox.guest_session import GuestSession
 from gatewayd.sandbox.guest_streams import GuestListener, GuestStream, OnStream
 from gatewayd.sandbox.pool import Pool
-from gatewayd.sandbox.session import STDERR, STDOUT, ProcessSpec, Session
+from gatewayd.sandbox.session import ABSENCE, STDERR, STDOUT, ProcessSpec, Session
 from gatewayd.tasks import TaskOwner
 
 __all__ = ["GuestItem", "GuestListener", "GuestStream", "Guests", "OnStream"]
@@ -83,7 +83,8 @@ class Guests:
         self, account: Account, sandbox: str, user: str = "", notice: Notice | None = None, *, wake: bool = True
     ) -> Session:
         """An SFTP server, version 3: what is written are its requests, what is read its answers. Raises GatewayError."""
-        session = self._new(account, sandbox, [("kind", b"sftp"), ("user", _bytes(user))], "serve SFTP", (STDOUT,))
+        fields = [("kind", b"sftp"), ("user", _bytes(user)), _absence()]
+        session = self._new(account, sandbox, fields, "serve SFTP", (STDOUT,), linger=ABSENCE)
         return await self._started(session, notice, wake=wake)
 
     async def connect_tcp(
@@ -232,7 +233,7 @@ class Guests:
         wake: bool,
     ) -> GuestStream:
         what = f"{what} in sandbox {sandbox!r}"
-        stream = GuestStream(self._host(account, sandbox), _core(fields, what), self._tasks, what)
+        stream = GuestStream(self._host(account, sandbox), _core([*fields, _absence()], what), self._tasks, what)
         self._kept(stream)
         await stream.start(notice, wake=wake)
         return stream
@@ -240,7 +241,7 @@ class Guests:
     async def _listen(
         self, account: Account, sandbox: str, fields: list[tuple[str, bytes]], what: str, on_stream: OnStream, *, wake: bool
     ) -> GuestListener:
-        session = self._new(account, sandbox, fields, what, ())
+        session = self._new(account, sandbox, [*fields, _absence()], what, (), linger=ABSENCE)
         listener = GuestListener(self._host(account, sandbox), session, self._tasks, on_stream)
         await listener.start(wake=wake)
         return listener
@@ -253,6 +254,11 @@ def _core(fields: list[tuple[str, bytes]], what: str) -> ClientSession:
     except ValueError as exc:
         raise GatewayError(f"cannot {what}: its arguments are longer than 256 KiB", kind=ErrorKind.USAGE) from exc
     return core
+
+
+def _absence() -> tuple[str, bytes]:
+    """The field that has the guest wait as long as this side does."""
+    return "linger", str(ABSENCE).encode()
 
 
 def _process_fields(spec: ProcessSpec) -> list[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ from gatewayd.guest.session import ClientSession
 from gatewayd.relay import ByteStream
 from gatewayd.sandbox.guest_host import GuestHost
 from gatewayd.sandbox.guest_session import GuestSession
-from gatewayd.sandbox.session import STDOUT
+from gatewayd.sandbox.session import ABSENCE, STDOUT
 from gatewayd.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ ACCEPTING_MAX = 256  # accepted connections of one listener that are being serve
 class GuestStream(GuestSession):
     """A connection inside the sandbox, as a `relay.ByteStream`."""
 
-    def __init__(self, host: GuestHost, core: ClientSession, owner: TaskOwner, what: str, *, linger: float = wire.LINGER) -> None:
-        super().__init__(host, core, owner, what=what, streams=(STDOUT,), linger=linger, connection=True)
+    def __init__(self, host: GuestHost, core: ClientSession, owner: TaskOwner, what: str) -> None:
+        super().__init__(host, core, owner, what=what, streams=(STDOUT,), linger=ABSENCE, connection=True)
         self._broken: asyncio.Future[GatewayError] = asyncio.get_running_loop().create_future()  # handed out by broken()
 
     async def read(self, limit: int = 262144, _: int = 0, /) -> bytes:

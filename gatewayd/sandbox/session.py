@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 STDOUT, STDERR = 1, 2  # the streams of `Session.read`
+ABSENCE = 86_400  # seconds ssh's sessions, and all connections and listeners, go on without a network: laptops sleep over night
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,12 @@ import pytest
 
 from gatewayd.errors import GatewayError
 from gatewayd.guest import wire
-from gatewayd.sandbox import guest_session
-from gatewayd.sandbox.session import ExitStatus, ProcessSpec, Session
+from gatewayd.relay import ByteStream
+from gatewayd.sandbox import guest_client, guest_session, guest_streams
+from gatewayd.sandbox.boxes import Directory
+from gatewayd.sandbox.guest_client import Guests
+from gatewayd.sandbox.pool import Pool
+from gatewayd.sandbox.session import ABSENCE, ExitStatus, ProcessSpec, Session
 from tests.guest.conftest import World
 from tests.guest.test_processes import DEADLINE, read_all, run
 
@@ -122,6 +126,45 @@ async def test_longer_than_the_guest_waits(world: World, monkeypatch: pytest.Mon
     error = await lost(session)
     assert error.kind == "unavailable"
     assert "cannot be reached" in error.message
+    world.cutter.refusing = False
+
+
+async def test_how_long_streams_and_listeners_are_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ABSENCE == 24 * 60 * 60
+    for module in (guest_client, guest_streams):
+        monkeypatch.setattr(module, "ABSENCE", 1)
+    monkeypatch.setattr(guest_session, "BACKOFF_MAX", 0.1)
+
+    async def hold(stream: ByteStream, peer: str) -> None:
+        await stream.read(1)
+
+    place = (world.account, world.sandbox)
+    listeners = [await world.guests.listen_tcp(*place, "localhost", 0, "", hold)]
+    listeners.append(await world.guests.listen_unix(*place, "/tmp/kept", "", hold))
+    sftp = await world.guests.sftp(*place)
+    streams = [await world.guests.connect_unix(*place, "/tmp/kept")]
+    streams.append(await world.guests.connect_tcp(*place, "localhost", listeners[0].port))
+    pool = Pool(Directory())
+    past = Guests(Directory(), pool)  # sees the guest while the relay lets nobody through
+    kinds = {item.kind for item in await past.sessions(world.control, world.sandbox)}
+    assert kinds == {"listen-tcp", "listen-unix", "sftp", "tcp", "unix"}
+    world.cutter.refusing = True
+    world.cutter.cut()
+    async with asyncio.timeout(DEADLINE):
+        while await past.sessions(world.control, world.sandbox):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert "cannot be reached" in (await lost(sftp)).message
+        for stream in streams:
+            assert isinstance(stream, guest_streams.GuestStream)
+            assert "cannot be reached" in (await stream.broken()).message
+            stream.abort()
+        for listener in listeners:
+            error = await listener.wait_closed()
+            assert error is not None
+            assert "cannot be reached" in error.message
+            await listener.aclose()
+    await past.aclose()
+    await pool.aclose()
     world.cutter.refusing = False
 
 

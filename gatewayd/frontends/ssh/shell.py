@@ -16,7 +16,7 @@ from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError, printable
 from gatewayd.frontends.ssh.engine import CommandSession, SessionChannel
 from gatewayd.frontends.ssh.inbox import Inbox
-from gatewayd.sandbox.session import STDERR, STDOUT, ProcessSpec
+from gatewayd.sandbox.session import ABSENCE, STDERR, STDOUT, ProcessSpec
 from gatewayd.tasks import TaskOwner
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class ShellSession(CommandSession):
         env = {**self._owner.environment(), **self._channel.environment}
         if display := self._channel.get_x11_display():
             env["DISPLAY"] = display
-        spec = ProcessSpec(command=self._what, env=env, user=target.user, name="ssh")
+        spec = ProcessSpec(command=self._what, env=env, user=target.user, name="ssh", linger=ABSENCE)
         if self._terminal is not None:
             term, size, modes = self._terminal
             cols, rows, xpixel, ypixel = (min(number, SIZE_MAX) for number in size)

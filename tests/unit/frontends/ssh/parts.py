@@ -34,6 +34,7 @@ class HostSession:
     """`gatewayd.sandbox.session.Session` over a process of this machine."""
 
     def __init__(self, spec: ProcessSpec) -> None:
+        self.spec = spec  # what was asked for
         self._tasks = TaskOwner("host session")
         self.input_stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # a test makes it fail

@@ -69,6 +69,11 @@ async def test_a_signal_that_is_none_is_told(front: Front) -> None:
         assert (await process.wait()).exit_status == 0
 
 
+async def test_a_session_may_be_without_a_network_for_a_day(front: Front) -> None:
+    assert (await front.run("ssh", "box", "true"))[0] == 0
+    assert (await started(front)).spec.linger == 24 * 60 * 60
+
+
 async def test_a_lost_sandbox_is_told_and_ends_the_connection(front: Front) -> None:
     running = asyncio.ensure_future(front.run("ssh", "-tt", "box", "sleep 100"))
     session = await started(front)
