@@ -99,6 +99,7 @@ class Gate:
             sock.close()
         await self._nameserver.aclose()
         await self._tasks.aclose()
+        await self._resolver.aclose()
 
     # -- one connection
 
