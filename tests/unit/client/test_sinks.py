@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import termios
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,51 @@ def test_it_never_waits_and_loses_nothing(kind: str) -> None:
     assert drained(sink, reader, len(BIG) + 4) == BIG + b"more"
     assert sink.size == 0
     sink.close()
+    sink.close()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_small_pieces_take_hardly_more_than_their_bytes() -> None:
+    """What a guest sends byte by byte, to a reader that waits."""
+    reader, writer = os.pipe()
+    sink = Sink(writer)
+    sink.write(BIG)
+    tail = os.urandom(150_000)
+    tracemalloc.start()
+    try:
+        for byte in tail:
+            assert sink.write(b"%c" % byte) == 0
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 2 * len(tail)
+    sink.write(BIG[:5000])  # one that is not small, then again those that are
+    assert sink.write(b"e") == sink.write(b"nd") == 0
+    expected = BIG + tail + BIG[:5000] + b"end"
+    assert drained(sink, reader, len(expected)) == expected
+    assert sink.size == 0
+    sink.close()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_piece_joined_to_one_that_is_partly_written() -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    sink = Sink(writer)
+    expected = b""
+    got = b""
+    for turn in range(200):
+        piece = bytes([turn]) * (1 + 97 * turn % 4095)
+        expected += piece
+        sink.write(piece)
+        if turn % 3 == 0:
+            got += os.read(reader, 1000)
+            sink.flush()
+    got += drained(sink, reader, len(expected) - len(got))
+    assert got == expected
+    assert sink.size == 0
     sink.close()
     os.close(reader)
     os.close(writer)
