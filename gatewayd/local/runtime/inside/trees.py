@@ -13,7 +13,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -206,29 +206,36 @@ class TreeCopy:
 
     def _spread(self, inward: int, outward: int, info: os.stat_result) -> None:
         """Copy a large file's content by several threads; the last of them completes and closes it."""
-        starts = range(0, info.st_size, _CHUNK)
-        left = len(starts)  # parts not done
+        left = 1  # parts not done, and one for the loop that makes them
         lock = threading.Lock()
 
-        def part(start: int) -> int:
+        def leave() -> None:
             nonlocal left
-            try:
-                return _content(inward, outward, start, min(start + _CHUNK, info.st_size))
-            finally:
-                with lock:
-                    left -= 1
-                    done = left == 0
-                if done:
-                    try:
-                        _complete(inward, outward, info)
-                    finally:
-                        os.close(inward)
-                        os.close(outward)
+            with lock:
+                left -= 1
+                done = left == 0
+            if done:
+                try:
+                    _complete(inward, outward, info)
+                finally:
+                    os.close(inward)
+                    os.close(outward)
 
-        for start in starts:
-            while len(self._queue) >= _MAX_QUEUE:
-                self._collect()
-            self._queue.append(self._pool.submit(part, start))
+        def part(start: int, end: int) -> int:
+            try:
+                return _content(inward, outward, start, end)
+            finally:
+                leave()
+
+        try:
+            for start, end in _parts(inward, info.st_size):
+                while len(self._queue) >= _MAX_QUEUE:
+                    self._collect()
+                with lock:
+                    left += 1
+                self._queue.append(self._pool.submit(part, start, end))
+        finally:
+            leave()
 
     def _collect(self) -> None:
         """The oldest copy under way is waited for. Raises OSError."""
@@ -272,6 +279,22 @@ def _remove_at(folder: int, name: str) -> None:
         finally:
             os.close(fd)
         os.rmdir(name, dir_fd=folder)
+
+
+def _parts(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of a file to copy; holes cost nothing, however large they claim to be."""
+    start = 0
+    while start < size:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # a hole to the end, or cut shorter meanwhile
+                return
+            raise
+        end = min(start + _CHUNK, size)
+        if start < end:
+            yield start, end
+        start = end
 
 
 def _content(inward: int, outward: int, start: int, end: int) -> int:
