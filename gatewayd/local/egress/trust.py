@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,8 @@ _STORES = (  # of Debian, Fedora, Alpine and others; the first that exists
     "/etc/ssl/cert.pem",
 )
 _MAX_STORE = 4 << 20  # bytes
+_MAX_CERTIFICATES = 1000  # that are looked at for Java; the largest stores have some hundreds
+_one_at_a_time = threading.Lock()  # of the filters for warnings, which are the whole process's
 
 
 def environment(config: Mapping[str, Any] | None) -> dict[str, str]:
@@ -47,7 +50,7 @@ async def install(box: Box, pem: str) -> None:
     everything = content if own.strip() in content else content.rstrip(b"\n") + b"\n" + own
     await _write(box, _OWN, own)
     await _write(box, _ALL, everything)
-    await _write(box, _JAVA, _for_java(everything))
+    await _write(box, _JAVA, await asyncio.to_thread(_for_java, own, content))  # parses what the sandbox chose
     if store is not None and everything is not content:
         await _write(box, store, everything)  # for programs that are started without the variables
 
@@ -81,14 +84,20 @@ async def _write(box: Box, path: str, content: bytes) -> None:
 
 
 @functools.lru_cache(maxsize=4)  # most sandboxes have the same
-def _for_java(bundle: bytes) -> bytes:
-    """The certificates as the key store that Java reads."""
+def _for_java(own: bytes, others: bytes) -> bytes:
+    """The certificates as the key store that Java reads: `own`, and as many of the others as are looked at. Blocks."""
+    bundle = own + b"\n" + others.replace(own.strip(), b"")  # first: it is never what is left out
+    with _one_at_a_time:
+        return _key_store(bundle)
+
+
+def _key_store(bundle: bytes) -> bytes:
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
     from cryptography.hazmat.primitives.serialization.pkcs12 import PKCS12Certificate, serialize_java_truststore
 
     found: list[PKCS12Certificate] = []
-    for part in bundle.split(b"-----END CERTIFICATE-----")[:-1]:
+    for part in bundle.split(b"-----END CERTIFICATE-----", _MAX_CERTIFICATES)[:-1]:
         block = b"-----BEGIN CERTIFICATE-----" + part.rpartition(b"-----BEGIN CERTIFICATE-----")[2]
         try:
             with warnings.catch_warnings():  # about certificates that are older than the rules for them
