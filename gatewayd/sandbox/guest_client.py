@@ -67,7 +67,7 @@ class Guests:
             GatewayError: kind unsupported when the image has no Python 3.6 or newer.
         """
         if not wake:
-            await self._pool.check(account, sandbox)
+            await self._pool.check(account, sandbox, linked=True)
         await self._host(account, sandbox).address(notice, wake=wake)
 
     async def process(

@@ -119,10 +119,13 @@ class Pool:
             entry.dials -= 1
             entry.used = time.monotonic()
 
-    async def check(self, account: Account, sandbox: str) -> None:
-        """Make sure that the sandbox runs, and start nothing. Raises GatewayError, as `boxes.require_running`."""
+    async def check(self, account: Account, sandbox: str, *, linked: bool = False) -> None:
+        """Make sure that the sandbox runs, and start nothing. Raises GatewayError, as `boxes.require_running`.
+
+        `linked`: a link that looks alive is answer enough. It may be dead: not before a request that starts a sandbox.
+        """
         entry = self._entry(account, sandbox)
-        if entry.link is None or entry.link.closed:
+        if not linked or entry.link is None or entry.link.closed:
             await self._check(entry)
 
     async def forget(self, account: Account, sandbox: str) -> None:
@@ -167,6 +170,8 @@ class Pool:
             return entry.link
         if not wake:
             await self._check(entry)
+            if entry.link is not None and not entry.link.closed:  # somebody was faster
+                return entry.link
         if notice is not None:
             entry.notices.add(notice)
         try:

@@ -52,3 +52,14 @@ async def test_listeners(service: FakeService, account: Account, ways: Ways, kin
         await listening
     assert caught.value.kind == "stopped"
     assert starters(service) == []
+
+
+async def test_a_link_that_died_unnoticed(service: FakeService, account: Account, ways: Ways) -> None:
+    service.boxes["x"]["status"] = "ready"
+    await ways.pool.warm(account, "x")
+    service.boxes["x"]["status"] = "stopped"
+    linked = starters(service)
+    with pytest.raises(GatewayError, match="'x' is stopped") as caught:
+        await ways.guests.ready(account, "x", wake=False)
+    assert caught.value.kind == "stopped"
+    assert starters(service) == linked
