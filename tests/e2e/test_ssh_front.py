@@ -131,6 +131,18 @@ def test_a_terminal(ssh: SshWorld) -> None:
         os.close(outer)
 
 
+def test_a_terminal_whose_reader_pauses_loses_nothing(ssh: SshWorld) -> None:
+    lines = 300_000
+    process = ssh.popen("-tt", "box", f"seq {lines}; exit 5", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(3) == b"1\r\n"
+    with pytest.raises(subprocess.TimeoutExpired):  # held up by us, whatever is over inside
+        process.wait(1.5)
+    assert process.stdout.read().split() == [b"%d" % number for number in range(2, lines + 1)]
+    process.communicate(timeout=20)
+    assert process.returncode == 5
+
+
 def test_ctrl_c_interrupts_what_runs_on_the_terminal(ssh: SshWorld) -> None:
     script = "trap 'echo caught; exit 3' INT; echo ready; while :; do sleep 0.1; done"
     process = ssh.popen("-tt", "box", script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
