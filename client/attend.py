@@ -51,7 +51,7 @@ class Attendance:
             pty: whether the session has a terminal of its own.
             terminal: this process's, which becomes raw when standard input is that terminal; None when there is none.
             owner: whether leaving the session ends it; one that was attached to goes on.
-            timeout: seconds after which the process is killed; 0: never.
+            timeout: seconds from `run` until all has come, after which the process is killed; 0: never.
             ended: how the process ended, where that is known already.
         """
         self._channel = channel
@@ -64,7 +64,7 @@ class Attendance:
         self._screen = Screen()
         self._owner = owner
         self._timeout = timeout
-        self._deadline: float | None = None  # when the process is killed
+        self._deadline: float | None = None  # when the session is given up; None as well once nothing more is due from the guest
         self._sinks: dict[int, Sink] = {}  # stream → where it goes; gone when nobody reads it
         self._flowing = {1, 2}  # streams that have not ended
         self._typed = b""  # input that waits for credit
@@ -82,6 +82,8 @@ class Attendance:
         Raises:
             Failure: it cannot be had, is gone, or its output cannot be written.
         """
+        if self._timeout:
+            self._deadline = time.monotonic() + self._timeout
         self._sinks = {1: Sink(1), 2: Sink(2)}
         try:
             with Signals((*FORWARDED, signal.SIGWINCH)) as signals:
@@ -145,10 +147,10 @@ class Attendance:
 
     def _finished(self, now: float) -> bool:
         """Whether all is done: the process has ended, and its output has come and was written."""
-        if self._deadline is not None and now >= self._deadline and self._ended is None:
-            self._session.signal("KILL")
-            self._leave(1)
-            raise Failure(ErrorKind.TIMEOUT, f"the command ran for {self._timeout:g} s and was killed")
+        if self._ended is not None and not self._flowing:
+            self._deadline = None  # whoever reads our output may take longer
+        if self._deadline is not None and now >= self._deadline:
+            raise self._overdue()
         if self._ended is None or any(sink.size for sink in self._sinks.values()):
             return False
         if self._flowing and (now < self._quiet_at or not self._channel.up or self._session.unacknowledged):
@@ -158,6 +160,17 @@ class Attendance:
         self._channel.flush(LEAVE_PATIENCE)
         self._code = code if code is not None else exit_code(self._ended.signal)
         return True
+
+    def _overdue(self) -> Failure:
+        """End the session, whose time is over; what to say about it."""
+        if self._ended is None:
+            self._session.signal("KILL")
+        self._leave(1)
+        if self._ended is not None:
+            return Failure(ErrorKind.TIMEOUT, f"the command has ended, but its output did not within {self._timeout:g} s")
+        if not self._opened:
+            return Failure(ErrorKind.TIMEOUT, f"the command was not started within {self._timeout:g} s")
+        return Failure(ErrorKind.TIMEOUT, f"the command ran for {self._timeout:g} s and was killed")
 
     # -- from the guest -----------------------------------------------------------------------------------------------
 
@@ -189,8 +202,6 @@ class Attendance:
         if self._opened:
             return
         self._opened = True
-        if self._timeout:
-            self._deadline = time.monotonic() + self._timeout
         if self._ended is not None:
             self._quiet_at = time.monotonic() + QUIET
         if self._escapes is not None and self._terminal is not None:

@@ -40,7 +40,12 @@ from gatewayd.guest.wire import LINGER_MAX
 @click.option("--user", "-u", metavar="USER", help="User inside the sandbox; default: the image's.")
 @click.option("--pty", "-t", is_flag=True, help="Give it a terminal: this one, if there is one.")
 @click.option("--shell", metavar="PATH", help="Run it with this shell; default: with none.")
-@click.option("--timeout", type=Timeout(zero=True), default="0", help="Kill it after this time; default: never.")
+@click.option(
+    "--timeout",
+    type=Timeout(zero=True),
+    default="0",
+    help="Kill it after this time, the start of the sandbox included; default: never.",
+)
 @click.option("--detach", "-d", is_flag=True, help="Leave it running and print its session's id.")
 @click.option("--linger", type=Duration(), help="Time without a connection after which it is ended (default 1h, detached 7d).")
 @pass_settings

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from gatewayd.guest import wire
 
 from .conftest import DEADLINE, Daemon, Spawn
 from .guestworld import GuestWorld
@@ -177,6 +181,45 @@ def test_a_timeout(world: GuestWorld, spawn: Spawn) -> None:
     assert code == 75
     assert b"0.5 s" in err
     wait_until(lambda: not Path(f"/proc/{int(out)}").exists(), "the command was killed")
+
+
+OPENED = wire.encode_frame(wire.Kind.OPENED, wire.encode_fields([("pid", b"7")]))
+EXITED = wire.encode_frame(wire.Kind.EXIT, wire.encode_fields([("code", b"0")]))
+OUTPUT = wire.encode_frame(wire.Kind.OUTPUT, b"again\n")
+
+
+@pytest.mark.parametrize(
+    ("frames", "again", "says"),
+    [(b"", b"", b"not started within 0.5 s"), (OPENED + EXITED, OUTPUT, b"its output did not within 0.5 s")],
+    ids=["never opened", "never done"],
+)
+def test_a_timeout_of_a_guest_that_goes_on(daemon: Daemon, spawn: Spawn, frames: bytes, again: bytes, says: bytes) -> None:
+    daemon.script = lambda request, sock: guest_says(sock, frames, again)
+    code, _, err = run(spawn, "true", options=("--timeout", "0.5"))
+    assert code == 75
+    assert says in err
+
+
+def guest_says(sock: socket.socket, frames: bytes, again: bytes = b"") -> None:
+    """A guest that says `frames`, then `again` ever and ever, until the client has gone."""
+    with contextlib.suppress(ConnectionError):
+        sock.sendall(b'{"ok":{"status":0,"received":0,"base":0,"credit":0}}\n' + frames)
+        sock.settimeout(0.05)
+        end = time.monotonic() + DEADLINE
+        while time.monotonic() < end:
+            with contextlib.suppress(TimeoutError):
+                if not sock.recv(65536):
+                    return
+                continue
+            sock.sendall(again)
+
+
+def test_a_reader_may_take_longer_than_the_timeout(world: GuestWorld, spawn: Spawn) -> None:
+    process = spawn("exec", "demo", "--timeout", "4", "--", "head", "-c", "300000", "/dev/zero", stdin=subprocess.DEVNULL)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(5)  # it waits for us
+    out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, len(out), err) == (0, 300_000, b"")
 
 
 # --- connections that break ------------------------------------------------------------------------------
