@@ -17,7 +17,7 @@ from gatewayd.frontends.fields import Fields
 from gatewayd.frontends.peer import CancelOnHangup, Client
 from gatewayd.sandbox.accounts import Account
 from gatewayd.sandbox.boxes import Directory, Notice
-from gatewayd.sandbox.exec_ws import ExecSession, ExecSpec, Exit, InputDecoder
+from gatewayd.sandbox.exec_ws import Check, ExecSession, ExecSpec, Exit, InputDecoder
 from gatewayd.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -55,14 +55,20 @@ def exec_spec(request: Fields) -> ExecSpec:
 
 
 async def serve_exec(
-    client: Client, account: Account, directory: Directory, sandbox: str, request: Fields, notice: Notice
+    client: Client,
+    account: Account,
+    directory: Directory,
+    sandbox: str,
+    request: Fields,
+    notice: Notice,
+    check: Check | None = None,
 ) -> None:
-    """Run a command until it has ended or the client has gone: that kills it.
+    """Run a command until it has ended or the client has gone: that kills it. `check`: as in `ExecSession`.
 
     Raises:
         GatewayError: before the reply; afterwards failures are told in an ERROR frame.
     """
-    session = ExecSession(account, directory, sandbox, exec_spec(request))
+    session = ExecSession(account, directory, sandbox, exec_spec(request), check)
     tasks = TaskOwner(f"exec {sandbox}")
     async with contextlib.AsyncExitStack() as stack:  # all of it is closed, even if one of the steps is cancelled
         stack.push_async_callback(session.aclose)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 
@@ -143,9 +144,8 @@ class ConnectServer:
         elif op == api.OP_GUEST:
             await serve_guest(client, account, self._guests, sandbox, request, _notices(client), wake=wake)
         elif op == api.OP_EXEC:
-            if not wake:
-                await self._pool.check(account, sandbox)
-            await serve_exec(client, account, self._directory, sandbox, request, _notices(client))
+            check = None if wake else functools.partial(self._pool.check, account, sandbox)
+            await serve_exec(client, account, self._directory, sandbox, request, _notices(client), check)
         else:
             hint = "connect, ssh, forward, guest or exec"
             raise GatewayError(f"unknown op {printable(op, 32)!r}", kind=ErrorKind.USAGE, hint=hint)

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,9 @@ class Exit:
     code: int
 
 
+Check = Callable[[], Awaitable[None]]  # raises GatewayError unless the sandbox runs, and starts nothing
+
+
 class _Stream:
     """How far one output stream has been received."""
 
@@ -102,7 +105,8 @@ class _Stream:
 class ExecSession:
     """One command, from start to exit. One task receives, one sends; close it with `aclose`."""
 
-    def __init__(self, account: Account, directory: Directory, sandbox: str, spec: ExecSpec) -> None:
+    def __init__(self, account: Account, directory: Directory, sandbox: str, spec: ExecSpec, check: Check | None = None) -> None:
+        """`check` is asked before every connection, which would start a stopped sandbox; None: it may."""
         self.command_id = uuid.uuid4().hex  # chosen here: a repeated execute attaches instead of running twice
         self.pid = 0  # inside the sandbox, once started
         self.pty = spec.pty  # whether it runs on a terminal
@@ -110,6 +114,7 @@ class ExecSession:
         self._directory = directory
         self._sandbox = sandbox
         self._spec = spec
+        self._check = check
         self._websocket: ClientConnection | None = None  # None while not attached
         self._attached = asyncio.Event()  # set while `_websocket` can be used, and at the end for ever
         self._over = False  # exit or a final error was received, or aclose was called
@@ -275,6 +280,8 @@ class ExecSession:
             if not immediately:
                 await asyncio.sleep(backoff(attempt, BACKOFF_BASE, BACKOFF_MAX))
             immediately = False
+            if self._check is not None:
+                await self._check()
             place, remembered = await self._directory.locate(self._account, self._sandbox, notice)
             target = Target(place.websocket("/execute/ws"), place.profile, self._sandbox, what, self._account.proxies)
             try:

@@ -12,7 +12,7 @@ from gatewayd.api import ErrorKind
 from gatewayd.errors import GatewayError, StreamClosed
 from gatewayd.sandbox.accounts import Account
 from gatewayd.sandbox.boxes import Directory, Notice
-from gatewayd.sandbox.exec_ws import ExecSession, ExecSpec, Exit, InputDecoder
+from gatewayd.sandbox.exec_ws import Check, ExecSession, ExecSpec, Exit, InputDecoder
 from gatewayd.sandbox.session import STDERR, STDOUT, ExitStatus, ProcessSpec
 from gatewayd.tasks import TaskOwner
 
@@ -22,9 +22,14 @@ KEYS: Mapping[str, str] = {"INT": "\x03", "QUIT": "\x1c", "TSTP": "\x1a"}  # wha
 
 
 async def start_text_session(
-    account: Account, directory: Directory, sandbox: str, spec: ProcessSpec, notice: Notice | None = None
+    account: Account,
+    directory: Directory,
+    sandbox: str,
+    spec: ProcessSpec,
+    notice: Notice | None = None,
+    check: Check | None = None,
 ) -> TextSession:
-    """Run a program. Raises GatewayError: kind unsupported for what this carrier cannot do."""
+    """Run a program; `check` as in `ExecSession`. Raises GatewayError: kind unsupported for what this carrier cannot do."""
     if spec.user:
         raise GatewayError(
             f"cannot run as {spec.user!r} in sandbox {sandbox!r}: its image has no Python, so there is no guest to change users",
@@ -40,7 +45,7 @@ async def start_text_session(
         cols=spec.cols,
         rows=spec.rows,
     )
-    session = ExecSession(account, directory, sandbox, exec_spec)
+    session = ExecSession(account, directory, sandbox, exec_spec, check)
     try:
         await session.start(notice)
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -69,7 +70,8 @@ class Target:
         if await self.text_only():
             from gatewayd.sandbox.text_session import start_text_session
 
-            return await start_text_session(self.account, self._ways.directory, self.sandbox, spec)
+            check = None if self.wake else functools.partial(self._ways.pool.check, self.account, self.sandbox)
+            return await start_text_session(self.account, self._ways.directory, self.sandbox, spec, check=check)
         return await self._ways.guests.process(self.account, self.sandbox, spec, wake=self.wake)
 
     async def sftp(self) -> Session:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
+from websockets.asyncio.server import ServerConnection
 
 from gatewayd.errors import GatewayError
 from gatewayd.frontends.ssh.target import Target, Ways
@@ -13,6 +17,7 @@ from gatewayd.sandbox.accounts import Account
 from gatewayd.sandbox.boxes import Directory
 from gatewayd.sandbox.guest_client import Guests
 from gatewayd.sandbox.pool import Pool
+from gatewayd.sandbox.session import ProcessSpec
 from tests.unit.fakeservice import FakeService
 
 
@@ -63,3 +68,29 @@ async def test_a_link_that_died_unnoticed(service: FakeService, account: Account
         await ways.guests.ready(account, "x", wake=False)
     assert caught.value.kind == "stopped"
     assert starters(service) == linked
+
+
+async def test_programs_of_an_image_without_python(service: FakeService, account: Account, ways: Ways) -> None:
+    """The way in is known by then, and nobody asks the service for it again."""
+    released = asyncio.Event()
+
+    async def serve(connection: ServerConnection, request: dict[str, Any]) -> None:
+        await connection.send(json.dumps({"type": "started", "command_id": request["command_id"], "pid": 42}))
+        await released.wait()
+
+    service.on_exec = serve
+    service.execute = lambda _: {"stdout": "GATEWAYD-NO-PYTHON\n", "stderr": "", "exit_code": 0}
+    async with service.front() as origin, asyncio.timeout(20):
+        service.boxes["x"] |= {"status": "ready", "dataplane_url": f"{origin}/dp/x"}
+        target = Target(ways, account, "x", "", wake=False)
+        session = await target.start(ProcessSpec(command="cat"))
+        service.boxes["x"]["status"] = "stopped"
+        before = starters(service)
+        with pytest.raises(GatewayError, match="'x' is stopped"):
+            await target.start(ProcessSpec(command="cat"))
+        released.set()  # its connection breaks: it is not replaced
+        with pytest.raises(GatewayError, match="'x' is stopped") as caught:
+            await session.wait()
+        assert caught.value.kind == "stopped"
+        assert starters(service) == before
+        await session.aclose()
