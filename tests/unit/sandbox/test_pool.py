@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,26 @@ async def test_concurrent_demand_opens_one_link(service: FakeService, account: A
     assert len({stream.id for stream in streams}) == 20
     assert all(await asyncio.gather(*(spoken(stream) for stream in streams)))
     assert sum(seen.method == "GET" for seen in service.seen) == 1
+
+
+async def test_a_link_that_came_while_the_status_was_asked_is_used(
+    service: FakeService, account: Account, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = asyncio.Event(), asyncio.Event()
+    original = pool_module.require_running
+
+    async def slowly(*args: Any) -> Any:
+        asked.set()
+        await answered.wait()
+        return await original(*args)
+
+    monkeypatch.setattr(pool_module, "require_running", slowly)
+    careful = asyncio.ensure_future(pool.dial(account, "x", 7, wake=False))
+    await asked.wait()
+    assert await spoken(await pool.dial(account, "x", 7))
+    answered.set()
+    assert await spoken(await careful)
+    assert len(service.upgrades) == 1
 
 
 async def test_links_are_per_sandbox(service: FakeService, account: Account, pool: Pool) -> None:
