@@ -17,8 +17,11 @@ from client.proxy import Failure
 from client.terminal import Terminal
 from gatewayd import api
 from gatewayd.api import ErrorKind
+from gatewayd.guest import wire
 from gatewayd.guest.events import Failed, Opened
-from gatewayd.guest.wire import LINGER_MAX
+from gatewayd.guest.wire import LINGER_MAX, GuestProtocolError
+
+PID_MAX = 1 << 32
 
 
 @click.command(
@@ -108,13 +111,24 @@ def _detached(settings: Settings, channel: Channel) -> int:
                 channel.flush(1.0)
                 raise Failure(ErrorKind.FAILED, f"cannot run the command: {event.message}")
             if isinstance(event, Opened):
+                pid = _pid(event, channel)
                 channel.close()  # nothing is acknowledged: output that came along is for whoever attaches
-                value = {"session": number, "sandbox": channel.sandbox, "pid": int(event.fields.get("pid", b"0") or 0)}
+                value = {"session": number, "sandbox": channel.sandbox, "pid": pid}
                 settings.show(value, lambda: f"session {number[:8]}; `sandbox attach {channel.sandbox} {number[:8]}`", [number])
                 return 0
     finally:
         channel.close()
     return 1
+
+
+def _pid(event: Opened, channel: Channel) -> int:
+    """What the guest calls the process; 0 when it does not say. Raises Failure, and ends the session, when that is no number."""
+    try:
+        return wire.number(event.fields.get("pid") or b"0", PID_MAX)
+    except GuestProtocolError as exc:
+        channel.session.close()
+        channel.flush(1.0)
+        raise Failure(ErrorKind.INTERNAL, f"the guest in sandbox {channel.sandbox!r} makes no sense: {exc}") from exc
 
 
 def _as_text(control: Control, name: str, fields: dict[str, Any], reads: bool) -> int:

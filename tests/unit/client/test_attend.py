@@ -425,3 +425,15 @@ def test_ps_of_a_stopped_sandbox(world: GuestWorld, spawn: Spawn) -> None:
     out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, json.loads(out), err) == (0, {"sessions": []}, b"sandbox: sandbox 'demo' is stopped\n")
     assert world.daemon.lines[0]["wake"] is False
+
+
+@pytest.mark.parametrize(
+    "pid", [b"x", b"-1", b"1_0", b"9" * 5000, b"4294967297"], ids=["x", "minus", "underscore", "long", "large"]
+)
+def test_a_process_number_that_is_none(daemon: Daemon, spawn: Spawn, pid: bytes) -> None:
+    opened = wire.encode_frame(wire.Kind.OPENED, wire.encode_fields([("pid", pid)]))
+    daemon.script = lambda request, sock: guest_says(sock, opened)
+    process = spawn("exec", "demo", "--detach", "--", "true")
+    out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out) == (70, b"")
+    assert err.startswith(b"sandbox: the guest in sandbox 'demo' makes no sense: the number ")
