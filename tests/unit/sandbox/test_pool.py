@@ -10,7 +10,7 @@ from gatewayd.errors import DialRefused, GatewayError
 from gatewayd.sandbox import link as link_module
 from gatewayd.sandbox import pool as pool_module
 from gatewayd.sandbox.accounts import Account
-from gatewayd.sandbox.boxes import Directory
+from gatewayd.sandbox.boxes import Directory, require_running
 from gatewayd.sandbox.pool import Pool
 from gatewayd.yamux.aio import MuxStream
 from tests.unit.fakeservice import FakeService, echo, until
@@ -51,12 +51,11 @@ async def test_a_link_that_came_while_the_status_was_asked_is_used(
     service: FakeService, account: Account, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, answered = asyncio.Event(), asyncio.Event()
-    original = pool_module.require_running
 
     async def slowly(*args: Any) -> Any:
         asked.set()
         await answered.wait()
-        return await original(*args)
+        return await require_running(*args)
 
     monkeypatch.setattr(pool_module, "require_running", slowly)
     careful = asyncio.ensure_future(pool.dial(account, "x", 7, wake=False))
