@@ -23,6 +23,7 @@ from gatewayd.guest.events import Detached, Event
 from gatewayd.guest.session import ClientSession, GuestRefused
 from gatewayd.guest.wire import Answer, GuestProtocolError, Mode, Status
 
+EVENTS_PATIENCE = 30.0  # seconds a guest has for what is asked of it where nobody attends
 RESUME_DEADLINE = 30.0  # seconds of silence before the daemon's answer when a session is resumed
 FIRST_TRIES = 10.0  # seconds in which a connection that breaks before its first answer is made anew
 BACKOFF_FIRST, BACKOFF_MAX = 0.05, 2.0  # seconds between attempts; doubled, with jitter
@@ -66,6 +67,7 @@ class Channel:
         self.notice = notice  # shows a message to the user
         self._link: Link | None = None  # None between attempts
         self._answered = False  # a connection has been answered: from now on the session is resumed
+        self._answered_at = 0.0  # when that was so for the first time, on the clock time.monotonic
         self._retry_at = 0.0  # when the next attempt is due, while there is no link
         self._pause = 0.0  # seconds before the next attempt; 0: none has failed
         self._up_at = 0.0  # when the present connection was answered
@@ -162,19 +164,34 @@ class Channel:
             self.close()
             raise Failure(ErrorKind.INTERNAL, f"the guest in sandbox {self.sandbox!r} makes no sense: {exc}") from exc
 
-    def events(self) -> Iterator[Event]:
+    def events(self, end: float | None = None) -> Iterator[Event]:
         """Everything that comes, for those who wait for nothing else.
 
+        Args:
+            end: until when, on the clock time.monotonic; None: `EVENTS_PATIENCE` after the guest's first answer, since a sandbox
+                that has to start may take longer than that.
+
         Raises:
-            Failure: as `advance`; also that the session was taken over.
+            Failure: as `advance`; also that the session was taken over, and ``timeout`` at the end.
         """
         while True:
-            self.advance(time.monotonic())
-            for _, ready in self._wait(None):
+            now = time.monotonic()
+            due = self._answered_at + EVENTS_PATIENCE if end is None and self._answered else end
+            if due is not None and now >= due:
+                raise self._overdue()
+            self.advance(now)
+            for _, ready in self._wait(due):
                 for event in self.handle(ready, time.monotonic()):
                     if isinstance(event, Detached):
                         raise self.taken(event)
                     yield event
+
+    def _overdue(self) -> Failure:
+        within = f"within {EVENTS_PATIENCE:g} s"
+        if not self._answered:
+            return Failure(ErrorKind.TIMEOUT, f"no answer from sandbox {self.sandbox!r} {within}")
+        text = f"the guest in sandbox {self.sandbox!r} did not do what it was asked for {within}"
+        return Failure(ErrorKind.TIMEOUT, text, f"if that goes on, `sandbox stop {self.sandbox}` ends it")
 
     def taken(self, event: Detached) -> Failure:
         """What to say when another client has the session now."""
@@ -264,6 +281,8 @@ class Channel:
             raise Failure(ErrorKind.INTERNAL, f"the guest in sandbox {self.sandbox!r} makes no sense: {exc}") from exc
         if self._told:
             self.notice(f"connected to sandbox {self.sandbox!r} again")
+        if not self._answered:
+            self._answered_at = now
         self._answered = True
         self.others = _others(ok)
         self._up_at = now

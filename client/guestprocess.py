@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from client import guestchannel
 from client.control import Control
 from client.guestchannel import Channel
 from client.proxy import Failure
@@ -73,29 +75,39 @@ def process(
 def sessions(control: Control, sandbox: str) -> list[dict[str, Any]]:
     """The processes that a sandbox's guests keep, the oldest first. Never starts the sandbox.
 
+    All of it has `EVENTS_PATIENCE`.
+
     Raises:
-        Failure: ``stopped`` for a sandbox that does not run; others as the daemon tells them.
+        Failure: ``stopped`` for a sandbox that does not run; ``timeout``; others as the daemon tells them.
     """
-    found, others = _listed(control, sandbox, 0)
+    end = time.monotonic() + guestchannel.EVENTS_PATIENCE
+    found, others = _listed(control, sandbox, 0, end)
     for guest in others:
         try:
-            found += _listed(control, sandbox, guest)[0]
+            found += _listed(control, sandbox, guest, end)[0]
         except Failure as exc:  # that guest has just ended
             if exc.kind != ErrorKind.NOT_FOUND:
                 raise
     return sorted(found, key=lambda item: item["started"] or 0.0)
 
 
-def _listed(control: Control, sandbox: str, guest: int) -> tuple[list[dict[str, Any]], list[int]]:
-    """The processes of one guest, and which other guests there are; `guest` as of `Channel`. Raises Failure."""
+def _listed(control: Control, sandbox: str, guest: int, end: float) -> tuple[list[dict[str, Any]], list[int]]:
+    """The processes of one guest, and which other guests there are. Raises Failure.
+
+    Args:
+        guest: as of `Channel`.
+        end: as of `Channel.events`.
+    """
     session = ClientSession()
     session.open([("kind", b"list"), ("linger", b"%d" % LIST_LINGER)])
     channel = Channel(control, sandbox, session, wake=False, linger=LIST_LINGER, guest=guest)
     found: list[dict[str, Any]] = []
+    count = 0  # items so far, whatever they are
     try:
-        for event in channel.events():
+        for event in channel.events(end):
             if isinstance(event, Item):
-                if len(found) >= ITEMS_MAX:
+                count += 1
+                if count > ITEMS_MAX:
                     raise Failure(ErrorKind.INTERNAL, f"the guest lists more than {ITEMS_MAX} sessions")
                 item = _item(event.fields)
                 if item["kind"] == "process":

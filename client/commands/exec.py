@@ -116,6 +116,11 @@ def _detached(settings: Settings, channel: Channel) -> int:
                 value = {"session": number, "sandbox": channel.sandbox, "pid": pid}
                 settings.show(value, lambda: f"session {number[:8]}; `sandbox attach {channel.sandbox} {number[:8]}`", [number])
                 return 0
+    except Failure as exc:
+        if exc.kind == ErrorKind.TIMEOUT and channel.answered:  # what was not started in time must not start later
+            channel.session.close()
+            channel.finish(1.0)
+        raise
     finally:
         channel.close()
     return 1
