@@ -17,6 +17,8 @@ from gatewayd.local.storage import WriteFailure, refused
 from gatewayd.local.store import Store
 from gatewayd.local.vault import Vault, VaultError
 
+_FORGOTTEN = ""  # in the place of a sealed password: there was one, and it must be given again; None: there never was
+
 
 class Registries:
     """All registries of this service."""
@@ -75,8 +77,8 @@ class Registries:
         if body.password is not None:
             changes["secret"] = self._sealed(body.password, old.id)
         record = replace(old, **changes)
-        if body.password is None and _exposes(old, record):
-            record = replace(record, secret=None)
+        if body.password is None and old.secret and _exposes(old, record):
+            record = replace(record, secret=_FORGOTTEN)
         try:
             self._store.registries.save(record)
         except WriteFailure as exc:
@@ -97,17 +99,16 @@ class Registries:
         """How to get at an image by way of a registry.
 
         Raises:
-            ServiceError: 404 there is no such registry; 422 the image is not in it, or its password is missing or cannot be read.
+            ServiceError: 404 there is no such registry; 422 the image is not in it, its password was forgotten or cannot be read.
         """
         record = self.get(reference)
         where = parse_registry(record.url)
         if image.host != where.host:
             message = f"the image is at {image.host or 'this machine'}, and registry '{record.name}' is {where.host}"
             raise ServiceError(422, "ImagePull", f"{message}: its credentials go nowhere else")
-        if record.username and not record.secret:
-            what = f"registry '{record.name}' has a user name and no password"
-            message = f"{what} (a change of its url or its ca_cert makes it forgotten): give it one with PATCH"
-            raise ServiceError(422, "ImagePull", message)
+        if record.secret == _FORGOTTEN:
+            message = f"the password of registry '{record.name}' was forgotten when its url or ca_cert changed"
+            raise ServiceError(422, "ImagePull", f"{message}: give it again with PATCH")
         try:
             password = self._vault.open(record.secret, record.id) if record.secret else ""
         except VaultError as exc:

@@ -32,9 +32,12 @@ def patch(registries: Registries, **fields: str) -> RegistryRecord:
 @pytest.mark.parametrize("fields", [{"url": "http://registry.test"}, {"url": "https://elsewhere.test"}, {"ca_cert": OTHER_CA}])
 def test_a_password_that_would_be_exposed_is_forgotten(tmp_path: Path, fields: dict[str, str]) -> None:
     registries = made(tmp_path)
-    assert patch(registries, **fields).secret is None
+    assert not patch(registries, **fields).secret
     image = parse("elsewhere.test/app:1") if "elsewhere" in fields.get("url", "") else IMAGE
-    with pytest.raises(ServiceError, match=r"no password .* give it one with PATCH"):
+    with pytest.raises(ServiceError, match="give it again with PATCH"):
+        registries.access("own", image)
+    patch(registries, **dict.fromkeys(fields, fields.get("url", CA)))  # a second change, or the way back, brings nothing back
+    with pytest.raises(ServiceError, match="give it again with PATCH"):
         registries.access("own", image)
     patch(registries, password="again")
     assert registries.access("own", image).password == "again"
@@ -58,3 +61,10 @@ def test_leaving_plain_http_keeps_the_password(tmp_path: Path) -> None:
     registries = made(tmp_path, "http://registry.test")
     patch(registries, url="https://registry.test")
     assert registries.access("own", IMAGE).password == "s3cret"
+
+
+def test_who_never_had_a_password_is_not_asked_for_it(tmp_path: Path) -> None:
+    registries = Registries(Store(tmp_path / "state.db"), tmp_path, Clock())
+    registries.create(RegistryBody(name="own", url="https://registry.test", username="me", password=""))
+    patch(registries, url="http://registry.test")
+    assert registries.access("own", IMAGE).password == ""
