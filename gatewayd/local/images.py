@@ -19,7 +19,7 @@ from gatewayd.local import oci
 from gatewayd.local.oci import ImageError
 from gatewayd.local.references import Reference
 from gatewayd.local.runtime.base import Finish, Layers, LayerSource
-from gatewayd.local.skopeo import Access, Skopeo
+from gatewayd.local.skopeo import Access, Bounds, Skopeo
 from gatewayd.local.storage import ADVICE
 
 log = logging.getLogger(__name__)
@@ -107,8 +107,9 @@ class Builder:
         try:
             skopeo = Skopeo(folder, reference, access, self._environ)
             progress.phase = "pulling"
-            manifest = await self._look(skopeo, reference, built)
             limit = min(capacity or MAX_IMAGE, self._room())
+            bounds = Bounds(2 * (limit + SLACK), self._room)  # an archive is unpacked, then copied
+            manifest = await self._look(skopeo, reference, bounds, built)
             if manifest is not None:
                 progress.total_bytes, progress.total_layers = manifest.size, len(manifest.layers)
                 if manifest.size > self._room():
@@ -121,7 +122,7 @@ class Builder:
 
             layout = folder / "oci"
             pulled = (manifest.size if manifest is not None else limit) + SLACK
-            await skopeo.copy("" if reference.local else built.digest, layout, on_bytes, pulled)
+            await skopeo.copy("" if reference.local else built.digest, layout, on_bytes, pulled, bounds)
             image, config = await asyncio.to_thread(_read, layout)
             progress.phase, progress.total_layers = "unpacking", len(image.layers)
             limit = min(capacity or MAX_IMAGE, self._room())
@@ -130,15 +131,15 @@ class Builder:
         finally:
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
 
-    async def _look(self, skopeo: Skopeo, reference: Reference, built: Built) -> oci.Manifest | None:
+    async def _look(self, skopeo: Skopeo, reference: Reference, bounds: Bounds, built: Built) -> oci.Manifest | None:
         """The image's digest, and its manifest if it says anything about sizes."""
-        content = await skopeo.manifest()
+        content = await skopeo.manifest(bounds)
         if not reference.local:
             built.digest = oci.digest_of(content)
             if reference.digest and built.digest != reference.digest:
                 raise ImageError("what came is not what its digest says")
             if (instance := oci.platform_digest(content)) is not None:
-                content = await skopeo.manifest(instance)
+                content = await skopeo.manifest(bounds, instance)
                 if oci.digest_of(content) != instance:
                     raise ImageError("what came is not what its digest says")
         try:

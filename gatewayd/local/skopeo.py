@@ -8,10 +8,9 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gatewayd.local.envelope import printable
 from gatewayd.local.oci import MAX_JSON, ImageError
@@ -22,6 +21,7 @@ PULL_DEADLINE = 3600.0  # seconds for one image
 _ASK_DEADLINE = 60.0  # seconds for a manifest
 _LOOK_INTERVAL = 0.25  # seconds between looks at what has come
 _MAX_COMPLAINT = 65536  # bytes of standard error that are kept
+_TOO_LARGE = "the image is larger than it may be, or than it said"
 _SEARCH = os.defpath + ":/usr/local/bin:/usr/sbin"
 # of the service's environment: who else's certificates to trust (Go's crypto/x509), and the way out
 PASSED_ON = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
@@ -56,6 +56,14 @@ class Access:
     ca: str = ""  # PEM
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """When skopeo is ended, whatever it is doing: archives are unpacked into the private folder before anything is copied."""
+
+    folder: int  # bytes of all files in the private folder, at most
+    room: Callable[[], int]  # bytes that the disk may still take; asked in a thread
+
+
 class Skopeo:
     """One image's transport, with a private folder for what is needed on the way."""
 
@@ -88,18 +96,18 @@ class Skopeo:
             made.append(f"--{prefix}tls-verify=false")
         return made
 
-    async def manifest(self, digest: str = "") -> bytes:
-        """The manifest of the image, or of one of the images in its index. Raises ImageError."""
+    async def manifest(self, bounds: Bounds, digest: str = "") -> bytes:
+        """The manifest of the image, or of one of the images in its index; archives are unpacked for it. Raises ImageError."""
         source = self._reference.source(digest)
-        return await self._run(["inspect", "--raw", *self._options(""), source], _ASK_DEADLINE)
+        return await self._run(["inspect", "--raw", *self._options(""), source], _ASK_DEADLINE, lambda: self._excess(bounds))
 
-    async def copy(self, digest: str, layout: Path, on_bytes: Callable[[int], None], limit: int) -> None:
+    async def copy(self, digest: str, layout: Path, on_bytes: Callable[[int], None], limit: int, bounds: Bounds) -> None:
         """Copy the image into an OCI layout.
 
         Args:
             digest: of its manifest, so that it is the one that was looked at; "" for an image on this machine.
             on_bytes: called with what has come, now and then.
-            limit: bytes; more than it is refused.
+            limit: bytes; more than it in the layout is refused.
 
         Raises:
             ImageError: it cannot be had.
@@ -107,37 +115,29 @@ class Skopeo:
         source = self._reference.source(digest)
         options = ["--quiet", "--retry-times=2", "--dest-oci-accept-uncompressed-layers", *self._options("src-")]
         words = ["copy", *options, source, f"oci:{layout}:image"]
-        too_large = False
+        loop = asyncio.get_running_loop()
 
-        async def watch(process: asyncio.subprocess.Process) -> None:
-            nonlocal too_large
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_INTERVAL):
-                        await process.wait()
-                size = await asyncio.to_thread(_size_of, layout)
-                on_bytes(size)
-                if size > limit and process.returncode is None:
-                    too_large = True
-                    process.kill()
-                if process.returncode is not None:
-                    return
+        def look() -> str:
+            size = _size_of(layout)
+            loop.call_soon_threadsafe(on_bytes, size)
+            return _TOO_LARGE if size > limit else self._excess(bounds)
 
-        try:
-            await self._run(words, PULL_DEADLINE, watch)
-        except ImageError:
-            if too_large:
-                raise ImageError("the image is larger than it may be, or than it said") from None
-            raise
+        await self._run(words, PULL_DEADLINE, look)
 
-    async def _run(
-        self,
-        words: list[str],
-        deadline: float,
-        watch: Callable[[asyncio.subprocess.Process], Coroutine[Any, Any, None]] | None = None,
-    ) -> bytes:
+    def _excess(self, bounds: Bounds) -> str:
+        """What is wrong with what is there by now; "": nothing."""
+        if _size_of(self._folder) > bounds.folder:
+            return _TOO_LARGE
+        return ADVICE if bounds.room() <= 0 else ""
+
+    async def _run(self, words: list[str], deadline: float, look: Callable[[], str]) -> bytes:
+        """Its output. `look` is called in a thread now and then, and a last time when it has ended: why to end it, or ""."""
+        common = [
+            "--insecure-policy",
+            f"--tmpdir={self._folder}",
+        ]  # archives are unpacked in /var/tmp otherwise, whatever TMPDIR says
         # it ends with the service, whatever ends that
-        command = ["setpriv", "--pdeathsig", "KILL", "--", "skopeo", "--insecure-policy", *words]
+        command = ["setpriv", "--pdeathsig", "KILL", "--", "skopeo", *common, *words]
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -151,11 +151,11 @@ class Skopeo:
             )
         except FileNotFoundError:
             raise ImageError("setpriv is not installed (apt-get install util-linux)") from None
+        excess = ""
         try:
             async with asyncio.timeout(deadline):
                 reading = _some(process.stdout, MAX_JSON), _some(process.stderr, _MAX_COMPLAINT)
-                watching = [watch(process)] if watch is not None else []
-                (out, err), _ = await asyncio.gather(asyncio.gather(*reading), asyncio.gather(*watching))
+                (out, err), excess = await asyncio.gather(asyncio.gather(*reading), _watched(process, look))
                 code = await process.wait()
         except TimeoutError:
             raise ImageError(f"it did not come within {deadline:.0f} s") from None
@@ -164,6 +164,8 @@ class Skopeo:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
+        if code != 0 and excess:
+            raise ImageError(excess)
         if code != 0:
             raise ImageError(self._explain(err.decode("utf-8", "replace"), code))
         return out
@@ -178,6 +180,20 @@ class Skopeo:
         last = lines[-1] if lines else f"skopeo ended with {code}"
         found = re.search(r'msg="?(.*)', last)
         return printable(found[1].rstrip('"') if found else last, 300)
+
+
+async def _watched(process: asyncio.subprocess.Process, look: Callable[[], str]) -> str:
+    """Wait for a process, and kill it when `look` says why; returns that, or ""."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_INTERVAL):
+                await process.wait()
+        excess = await asyncio.to_thread(look)
+        if excess and process.returncode is None:
+            process.kill()
+            return excess
+        if process.returncode is not None:
+            return ""
 
 
 async def _some(stream: asyncio.StreamReader | None, most: int) -> bytes:
