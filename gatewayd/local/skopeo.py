@@ -132,10 +132,8 @@ class Skopeo:
 
     async def _run(self, words: list[str], deadline: float, look: Callable[[], str]) -> bytes:
         """Its output. `look` is called in a thread now and then, and a last time when it has ended: why to end it, or ""."""
-        common = [
-            "--insecure-policy",
-            f"--tmpdir={self._folder}",
-        ]  # archives are unpacked in /var/tmp otherwise, whatever TMPDIR says
+        # archives are unpacked in /var/tmp otherwise, whatever TMPDIR says
+        common = ["--insecure-policy", f"--tmpdir={self._folder}"]
         # it ends with the service, whatever ends that
         command = ["setpriv", "--pdeathsig", "KILL", "--", "skopeo", *common, *words]
         try:
