@@ -118,7 +118,9 @@ def test_its_environment(tmp_path: Path) -> None:
 def test_signals_are_as_a_shell_has_them(guest: Guest) -> None:
     status = run(guest, "cat", "/proc/self/status").output[1]
     masks = [line.split() for line in bytes(status).splitlines()]
-    assert [int(words[1], 16) for words in masks if words[0] in (b"SigBlk:", b"SigIgn:", b"SigCgt:")] == [0, 0, 0]
+    internal = 3 << 31  # 32 and 33 are the C library's own, which no program can set: they are as this test's process has them
+    found = [int(words[1], 16) & ~internal for words in masks if words[0] in (b"SigBlk:", b"SigIgn:", b"SigCgt:")]
+    assert found == [0, 0, 0]
 
 
 def test_it_has_no_descriptor_but_three(guest: Guest) -> None:
