@@ -25,6 +25,7 @@ PENDING_MAX = 1 << 20  # bytes waiting to be sent above which standard input is 
 KILL_DEADLINE = 2.0  # seconds for the daemon to tell that a killed command has ended
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INSIST = 0.2  # seconds after which an interruption that got lost is raised again
 
 
 class Interrupted(BaseException):
@@ -46,6 +47,12 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         del frame
         restore()
+        signal.signal(signal.SIGALRM, lambda *_: insist(number))
+        insist(number)
+
+    def insist(number: int) -> None:
+        """Python drops an exception that is raised in a destructor or a callback of its own: raise it again until it is out."""
+        signal.setitimer(signal.ITIMER_REAL, INSIST)
         raise Interrupted(number)
 
     def restore() -> None:
@@ -53,12 +60,15 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
     before = {number: signal.getsignal(number) for number in CAUGHT}
+    alarm = signal.getsignal(signal.SIGALRM)
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # nohup, or a background job without job control: not ours to undo
             signal.signal(number, interrupt)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
         restore()
 
 

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from client import execute
 from gatewayd import api
 from gatewayd.api import Frame
 
@@ -293,3 +295,26 @@ def test_a_word_that_is_not_utf8(daemon: Daemon, spawn: Spawn) -> None:
     assert process.returncode == 2
     assert b"is not UTF-8" in err
     assert [line["op"] for line in daemon.lines] == ["guest"]
+
+
+def test_an_interruption_that_python_drops_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    class Swallows:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # the handler runs here, and what it raises goes nowhere
+
+    def work() -> None:
+        with execute.interruptible():
+            Swallows()
+            assert len(dropped) == 1
+            time.sleep(20)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(execute.Interrupted) as caught:
+        work()
+    assert caught.value.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
