@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -80,7 +81,8 @@ class Spawner:
 
 
 def open_descriptors() -> int:
-    """How many descriptors this process has open."""
+    """How many descriptors this process has open; what earlier tests left to the collector is not among them."""
+    gc.collect()
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
@@ -117,7 +119,7 @@ async def make_session() -> AsyncIterator[MakeSession]:
                 await session.finished.wait()
     drains.close()
     await tasks.aclose()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @pytest.fixture
@@ -128,4 +130,4 @@ async def spawner() -> AsyncIterator[Spawner]:
     yield made
     for process in made.spawned:
         process.end(0)
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
