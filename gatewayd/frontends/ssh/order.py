@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Coroutine
 from typing import Any, cast
@@ -68,9 +69,9 @@ class OrderedConnection(asyncssh.SSHServerConnection):
         if forward.begun:
             self.begin(self._open(forward), "open a listener")
 
+    @abstractmethod
     def begin(self, coro: Coroutine[Any, Any, None], name: str) -> None:
         """Run a task of the connection's. Raises RuntimeError when that has ended."""
-        raise NotImplementedError
 
     async def _open(self, forward: Forward) -> None:
         try:

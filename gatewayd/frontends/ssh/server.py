@@ -20,7 +20,7 @@ from gatewayd.frontends.ssh.authorized import PERMIT_LISTEN, PERMIT_OPEN, UNIX
 from gatewayd.frontends.ssh.display import open_display
 from gatewayd.frontends.ssh.engine import CIPHERS, PACKET_MAX, WINDOW, Connection, Gate
 from gatewayd.frontends.ssh.forwards import Forwards
-from gatewayd.frontends.ssh.shell import SessionOwner, ShellSession
+from gatewayd.frontends.ssh.shell import ShellSession
 from gatewayd.frontends.ssh.target import Target
 from gatewayd.frontends.ssh.work import Work
 from gatewayd.tasks import TaskOwner
@@ -66,7 +66,7 @@ def options(host_key: bytes) -> asyncssh.SSHServerConnectionOptions:
     )
 
 
-class Server(Gate, SessionOwner):
+class Server(Gate):
     """The owner of one connection. Subclasses know who may come in, and set `target`."""
 
     def __init__(self, peer: tuple[str, int], local: tuple[str, int]) -> None:

@@ -8,7 +8,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from asyncssh.constants import EXTENDED_DATA_STDERR
 
@@ -313,7 +313,7 @@ class ShellSession(CommandSession):
             self._channel.write(lines.encode("utf-8", "replace"), EXTENDED_DATA_STDERR)
 
 
-class SessionOwner:
+class SessionOwner(Protocol):
     """What a session needs of its connection."""
 
     target: Target  # what it is about
@@ -321,8 +321,7 @@ class SessionOwner:
 
     def environment(self) -> dict[str, str]:
         """What every session of the connection gets."""
-        raise NotImplementedError
+        ...
 
     def sandbox_lost(self) -> None:
         """The sandbox is gone: the connection will not be of use."""
-        raise NotImplementedError
